@@ -1,0 +1,585 @@
+"""FRSKD: Feature Refinement via Self-Knowledge Distillation (Ji et al., CVPR 2021, arXiv 2103.08273).
+
+An auxiliary self-teacher, a BiFPN on the network's own feature maps, refines them and distils the refined
+maps and its soft label back into the network. Both train together from scratch; afterwards the teacher is
+thrown away and the plain network is what you deploy.
+
+    student = resnet18(num_classes=100, stem="cifar")             # or Adapter(your_network, ["layer1", ...])
+    method = FRSKD(student, BiFPNc(student.channels, num_classes=100, width=2), alpha=2, beta=100)
+    terms, logits = method(images, labels)                        # (B, 3, H, W), (B,)
+    sum(terms.values()).backward()                                # one optimiser over method.parameters()
+    ...
+    torch.save(export(student).state_dict(), "student.pt")        # the plain network, without the teacher
+
+The paper's symbols, and what they are called here:
+
+    f_c  student       the network to train         L_i  lateral     1x1 convolution of F_i
+    f_t  teacher       the self-teacher             P_i  top_down    top-down path, deep to shallow
+    F_i  feats         the student's n maps         T_i  bottom_up   bottom-up path; feats_t outside the teacher
+    c_i  channels      channels of F_i              phi  attention_map
+    d_i  dims          channels of L_i, P_i, T_i    K    temperature
+    w    width         d_i = w * c_i                alpha, beta      weights of L_KD and L_F
+
+Maps are listed shallow (i = 1, large) to deep (i = n, small). Contents, in the paper's order:
+
+    Sec. 3.1   fused_sum, upsample, downsample, SelfTeacher, BiFPN, BiFPNc             Eq. 1, Eq. 2
+    Sec. 3.2   attention_map, attention_transfer, soft_label_distillation             Eq. 3, Eq. 4
+    Objective  FRSKD, Baseline                                                        Eq. 5
+    Students   ResNet, WideResNet, Adapter, export
+    Cost       python frskd.py: Table 6 and the time of a training step
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+# ----------------------------------------------------------------------- Sec. 3.1: the self-teacher network
+
+
+def fused_sum(weights, maps, eps=1e-4):
+    """Fast normalised fusion: sum_k relu(w_k) / (sum_j relu(w_j) + eps) * maps[k].
+
+    weights (K,), maps K tensors of one shape -> one map of that shape. Source: Sec. 3.1 and BiFPN (its [28]).
+    """
+    weights = F.relu(weights)
+    weights = weights / (weights.sum() + eps)
+    return sum(w * x for w, x in zip(weights, maps))
+
+
+def upsample(x, size, mode="bilinear"):
+    """Resize of the top-down path: (B, C, h, w) -> (B, C, *size). Source: Sec. 3.1, bilinear.
+
+    Paper vs code: the authors' code takes mode="nearest".
+    """
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode=mode, align_corners=False if mode == "bilinear" else None)
+
+
+def downsample(x, size):
+    """Resize of the bottom-up path: (B, C, h, w) -> (B, C, *size), max-pooling. Source: Sec. 3.1.
+
+    3x3, stride 2, padding 1 gives the size that a stride-2 convolution gives, odd sizes included; where the
+    next map has another size, adaptive max-pooling.
+    Paper vs code: the authors' code pads at the bottom and the right only.
+    """
+    if x.shape[-2:] == size:
+        return x
+    if size == tuple((s + 1) // 2 for s in x.shape[-2:]):
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    return F.adaptive_max_pool2d(x, size)
+
+
+class ConvBNReLU(nn.Sequential):
+    """1x1 convolution without bias, batch norm, ReLU: (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+class SeparableConv(nn.Sequential):
+    """Conv of Eq. 2: `depth` times [3x3 depthwise, 1x1, batch norm], ReLU between, none at the end.
+
+    (B, dim, H, W) -> (B, dim, H, W), before its ReLU. Source: Sec. 3.1.
+    Paper vs code: the paper says "a depth-wise convolution"; only depth=2 gives the cost in Table 6.
+    """
+
+    def __init__(self, dim, depth=2):
+        layers = []
+        for _ in range(depth):
+            layers += [
+                nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
+                nn.Conv2d(dim, dim, 1, bias=False),
+                nn.BatchNorm2d(dim),
+                nn.ReLU(inplace=True),
+            ]
+        super().__init__(*layers[:-1])
+
+
+class Upsample(nn.Module):
+    """Resize(P_{i+1}) of Eq. 2, then d_{i+1} -> d_i by 1x1 convolution, batch norm and ReLU where they differ.
+
+    A 1x1 convolution without bias commutes with interpolation, so it runs first, on a quarter of the positions;
+    conv_first=False is the paper's order. Same function: batch norm and ReLU stay after the resize.
+    """
+
+    def __init__(self, d_in, d_out, mode="bilinear", conv_first=True):
+        super().__init__()
+        self.mode, self.conv_first = mode, conv_first
+        self.conv = ConvBNReLU(d_in, d_out) if d_in != d_out else None
+
+    def forward(self, x, size):
+        if self.conv is None:
+            return upsample(x, size, self.mode)
+        if not self.conv_first:
+            return self.conv(upsample(x, size, self.mode))
+        conv, *bn_relu = self.conv
+        x = upsample(conv(x), size, self.mode)
+        for layer in bn_relu:
+            x = layer(x)
+        return x
+
+
+class Downsample(nn.Module):
+    """Resize(T_{i-1}) of Eq. 2, then d_{i-1} -> d_i by 1x1 convolution, batch norm and ReLU where they differ."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.conv = ConvBNReLU(d_in, d_out) if d_in != d_out else nn.Identity()
+
+    def forward(self, x, size):
+        return self.conv(downsample(x, size))
+
+
+class SelfTeacher(nn.Module):
+    """The self-teacher f_t: a top-down and a bottom-up path over the student's feature maps, and a classifier.
+
+    L_i = ConvBNReLU(F_i)                                                        i = 1..n   Eq. 1
+    P_n = L_n,  P_i = Conv(w1 L_i + w2 Resize(P_{i+1}))                          i = n-1..1 Eq. 2
+    T_1 = P_1,  T_i = Conv(w1 L'_i + w2 P_i + w3 Resize(T_{i-1}))                i = 2..n   Eq. 2, T_n without P_n
+    logits = Linear(mean over positions of T_n)
+
+    P_i and T_i are before their ReLU; it is applied where they are consumed.
+    Paper vs code: L'_i is a second set of lateral convolutions, as in EfficientDet. With one set for both paths
+    the parameters of Table 6 would be x0.53, not x0.59.
+
+    forward: feats, n maps (B, c_i, H_i, W_i) -> logits (B, num_classes), feats_t, n maps relu(T_i)
+    (B, d_i, H_i, W_i); with preact=True also the n maps T_i. Raises ValueError where len(dims) != len(channels)
+    or the number of maps is another.
+    """
+
+    def __init__(self, channels, dims, num_classes, *, depth=2, upsample_mode="bilinear", conv_first=True):
+        super().__init__()
+        if len(dims) != len(channels):
+            raise ValueError(f"{len(channels)} feature maps need as many teacher widths, got {len(dims)}")
+        n = len(channels)
+        self.channels, self.dims = list(channels), list(dims)
+        self.lateral = nn.ModuleList(ConvBNReLU(c, d) for c, d in zip(channels, dims))
+        self.lateral2 = nn.ModuleList(ConvBNReLU(c, d) for c, d in zip(channels[1:], dims[1:]))
+        self.up = nn.ModuleList(
+            Upsample(deep, shallow, upsample_mode, conv_first) for shallow, deep in zip(dims, dims[1:])
+        )
+        self.down = nn.ModuleList(Downsample(shallow, deep) for shallow, deep in zip(dims, dims[1:]))
+        self.top_down = nn.ModuleList(SeparableConv(d, depth) for d in dims[:-1])
+        self.bottom_up = nn.ModuleList(SeparableConv(d, depth) for d in dims[1:])
+        self.top_down_weights = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in range(n - 1))
+        self.bottom_up_weights = nn.ParameterList(
+            nn.Parameter(torch.ones(3 if i < n - 1 else 2)) for i in range(1, n)
+        )
+        self.fc = nn.Linear(dims[-1], num_classes)
+
+    def forward(self, feats, preact=False):
+        n = len(self.dims)
+        if len(feats) != n:
+            raise ValueError(f"the self-teacher was built for {n} feature maps, got {len(feats)}")
+        sizes = [f.shape[-2:] for f in feats]
+        lateral = [layer(f) for layer, f in zip(self.lateral, feats)]  # Eq. 1, n maps (B, d_i, H_i, W_i)
+        lateral2 = [layer(f) for layer, f in zip(self.lateral2, feats[1:])]
+
+        top_down = [lateral[-1]]  # P_n
+        for i in reversed(range(n - 1)):  # Eq. 2, first line
+            resized = self.up[i](F.relu(top_down[0]), sizes[i])
+            fused = fused_sum(self.top_down_weights[i], [lateral[i], resized])
+            top_down.insert(0, self.top_down[i](fused))
+
+        bottom_up = [top_down[0]]  # T_1 = P_1
+        feats_t = [F.relu(top_down[0])]
+        for i in range(1, n):  # Eq. 2, second line
+            maps = [lateral2[i - 1], self.down[i - 1](feats_t[-1], sizes[i])]
+            if i < n - 1:
+                maps.insert(1, F.relu(top_down[i]))
+            bottom_up.append(self.bottom_up[i - 1](fused_sum(self.bottom_up_weights[i - 1], maps)))
+            feats_t.append(F.relu(bottom_up[-1]))
+
+        logits = self.fc(feats_t[-1].mean((2, 3)))  # (B, num_classes)
+        return (logits, feats_t, bottom_up) if preact else (logits, feats_t)
+
+
+def BiFPNc(channels, num_classes, width=2, **kwargs):
+    """The paper's self-teacher: d_i = w * c_i, wider where the network is deeper (Sec. 3.1)."""
+    return SelfTeacher(channels, [width * c for c in channels], num_classes, **kwargs)
+
+
+def BiFPN(channels, num_classes, dim=256, **kwargs):
+    """The self-teacher with one width for every level, as in EfficientDet (Table 6)."""
+    return SelfTeacher(channels, [dim] * len(channels), num_classes, **kwargs)
+
+
+# ------------------------------------------------------------------------ Sec. 3.2: self-feature distillation
+
+
+def full_precision(x):
+    """Half precision to float32, float32 and float64 as they are: losses are not computed in bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def attention_map(feat):
+    """phi of Eq. 3: mean over channels of the squares, l2-normalised over the positions of an image.
+
+    (B, C, H, W) -> (B, H * W). An all-zero map gives zeros. Source: attention transfer, the paper's [37].
+    """
+    return F.normalize(full_precision(feat).pow(2).mean(1).flatten(1), dim=1)
+
+
+def attention_transfer(feats, feats_t):
+    """L_F of Eq. 3: sum over blocks of the mean over batch and positions of (phi(T_i) - phi(F_i))^2.
+
+    feats, feats_t: n maps of the student and of the teacher, (B, c_i, H_i, W_i) and (B, d_i, H_i, W_i) -> scalar.
+    The teacher's maps are detached. Raises ValueError where the numbers of maps or the sizes differ.
+    Paper vs code: Eq. 3 writes a norm, the authors' code takes this mean of squares; beta = 100 fits only this.
+    """
+    if [f.shape[-2:] for f in feats] != [t.shape[-2:] for t in feats_t]:
+        sizes, sizes_t = ([tuple(f.shape[-2:]) for f in maps] for maps in (feats, feats_t))
+        raise ValueError(f"the feature maps of student and teacher differ in size: {sizes} and {sizes_t}")
+    return sum(F.mse_loss(attention_map(f), attention_map(t.detach())) for f, t in zip(feats, feats_t))
+
+
+def soft_label_distillation(logits, logits_t, temperature=4.0):
+    """L_KD of Eq. 4: K^2 * KL(softmax(logits_t / K) || softmax(logits / K)), sum over classes, mean over the batch.
+
+    logits, logits_t: student's and teacher's, (B, num_classes) -> scalar. The teacher's logits are detached.
+    Paper vs code: Eq. 4 has the student first and no K^2; alpha = 2 and 3 fit only the code's form, which is this.
+    """
+    log_p = F.log_softmax(full_precision(logits) / temperature, dim=1)
+    log_p_t = F.log_softmax(full_precision(logits_t.detach()) / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p, log_p_t, reduction="batchmean", log_target=True)
+
+
+# ----------------------------------------------------------------------------------------- The objective, Eq. 5
+
+
+class FRSKD(nn.Module):
+    """L_CE(student) + L_CE(teacher) + alpha * L_KD + beta * L_F.   Eq. 5
+
+    student: features(x) -> (logits, feats), teacher: a SelfTeacher on student.channels.
+    alpha, beta (Sec. 4.1): 2, 100 CIFAR-100; 3, 100 TinyImageNet; 1, 200 fine-grained sets and ImageNet.
+    beta=0 is FRSKD\\F of the paper: no feature loss is computed.
+
+    forward: x (B, 3, H, W), y class indices (B,) or soft labels (B, num_classes) ->
+    terms, a dict of WEIGHTED scalars `ce`, `ce_t`, `kd`, `feat` whose plain sum is the loss; logits
+    (B, num_classes), the student's, detached. Raises ValueError for a negative weight or temperature <= 0.
+
+    L_KD and L_F reach the student only: their teacher side is detached inside the losses. The teacher's inputs
+    are not detached, so its cross-entropy also trains the student: alpha = beta = 0 is not the baseline.
+    """
+
+    def __init__(self, student, teacher, *, alpha=2.0, beta=100.0, temperature=4.0):
+        super().__init__()
+        if alpha < 0 or beta < 0 or temperature <= 0:
+            raise ValueError(f"alpha {alpha}, beta {beta}: not negative; temperature {temperature}: above zero")
+        self.student, self.teacher = student, teacher
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def forward(self, x, y):
+        logits, feats = self.student.features(x)
+        logits_t, feats_t = self.teacher(feats)
+        terms = {
+            "ce": F.cross_entropy(full_precision(logits), y),
+            "ce_t": F.cross_entropy(full_precision(logits_t), y),
+        }
+        if self.alpha > 0:
+            terms["kd"] = self.alpha * soft_label_distillation(logits, logits_t, self.temperature)
+        if self.beta > 0:
+            terms["feat"] = self.beta * attention_transfer(feats, feats_t)
+        return terms, logits.detach()
+
+
+class Baseline(nn.Module):
+    """Plain cross-entropy under the same protocol: no teacher, and `ce` is the only term."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, x, y):
+        logits = self.student(x)
+        return {"ce": F.cross_entropy(full_precision(logits), y)}, logits.detach()
+
+
+# -------------------------------------------------------------------------------------------------- The students
+
+
+class BasicBlock(torchvision.models.resnet.BasicBlock):
+    """torchvision's residual block, its ReLU moved from behind the sum to the input of whatever reads it.
+
+    (B, c_in, H, W) -> (B, c_out, H / stride, W / stride), before its ReLU. Parameters and values are torchvision's.
+    """
+
+    def forward(self, x):
+        x = F.relu(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet with its four stages' maps: same parameter names, same initialisation, same function.
+
+    stem "imagenet" is torchvision's; "cifar" is a 3x3 convolution of stride 1 and no max-pooling (Sec. 4.1).
+    forward: (B, 3, H, W) -> logits (B, num_classes); features: -> logits, feats, n = 4 maps (B, c_i, H_i, W_i)
+    after their ReLU; with preact=True also the same maps before it.
+    """
+
+    channels = [64, 128, 256, 512]
+
+    def __init__(self, layers, num_classes, stem="imagenet"):
+        super().__init__(BasicBlock, layers, num_classes=num_classes)
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f"stem is imagenet or cifar, got {stem}")
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.maxpool = nn.Identity()
+
+    def features(self, x, preact=False):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        pre, feats = [], []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            pre.append(stage(x))
+            x = F.relu(pre[-1])
+            feats.append(x)
+        logits = self.fc(torch.flatten(self.avgpool(x), 1))
+        return (logits, feats, pre) if preact else (logits, feats)
+
+    def forward(self, x):
+        return self.features(x)[0]
+
+
+def resnet18(num_classes, stem="imagenet"):
+    """ResNet-18: 11,220,132 parameters at 100 classes with the CIFAR stem."""
+    return ResNet([2, 2, 2, 2], num_classes, stem)
+
+
+def resnet34(num_classes, stem="imagenet"):
+    """ResNet-34: 21,328,292 parameters at 100 classes with the CIFAR stem."""
+    return ResNet([3, 4, 6, 3], num_classes, stem)
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block of a wide ResNet: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
+
+    def forward(self, x):
+        return self.branches(x, F.relu(self.bn1(x)))
+
+    def branches(self, x, activated):
+        """The sum of both branches, given the input and its activation relu(bn1(x))."""
+        out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-widen (Zagoruyko and Komodakis, 2016): three stages of 16, 32, 64 times `widen` channels.
+
+    F_i is the activated output of the batch norm that opens the next stage (for F_3, the last one): exactly what
+    both branches of the next stage, or the classifier, read.
+    Paper vs code: the authors' WRN lacks the blocks' first batch norms; this is the standard one.
+
+    forward: (B, 3, H, W) -> logits (B, num_classes); features: -> logits, feats, n = 3 maps (B, c_i, H_i, W_i)
+    after their ReLU; with preact=True also the same maps before it. Raises ValueError unless depth = 6 k + 4.
+    """
+
+    def __init__(self, depth, widen, num_classes):
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6 or widen < 1:
+            raise ValueError(f"a wide ResNet has depth 6 k + 4 (10, 16, 22, 28, 40) and width >= 1, got {depth}, {widen}")
+        self.channels = [16 * widen, 32 * widen, 64 * widen]
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        c_in = 16
+        for i, c_out in enumerate(self.channels):
+            strides = [1 if i == 0 else 2] + [1] * ((depth - 4) // 6 - 1)
+            blocks = [WideBlock(c_in if k == 0 else c_out, c_out, stride) for k, stride in enumerate(strides)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            c_in = c_out
+        self.bn = nn.BatchNorm2d(c_in)
+        self.fc = nn.Linear(c_in, num_classes)
+        for m in self.modules():  # torchvision's initialisation, as for ResNet
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x, preact=False):
+        x = self.layer1(self.conv1(x))
+        pre, feats = [], []
+        for first, *blocks in (self.layer2, self.layer3):
+            pre.append(first.bn1(x))
+            feats.append(F.relu(pre[-1]))
+            x = first.branches(x, feats[-1])
+            for block in blocks:
+                x = block(x)
+        pre.append(self.bn(x))
+        feats.append(F.relu(pre[-1]))
+        logits = self.fc(feats[-1].mean((2, 3)))
+        return (logits, feats, pre) if preact else (logits, feats)
+
+    def forward(self, x):
+        return self.features(x)[0]
+
+
+def wrn16_2(num_classes):
+    """WRN-16-2: 703,284 parameters at 100 classes."""
+    return WideResNet(16, 2, num_classes)
+
+
+class Adapter(nn.Module):
+    """Gives any image classifier `features`, by the names of its blocks (as in net.named_modules()).
+
+    F_i is the output of blocks[i] as it is, so name blocks whose output is what the next layer reads. One image
+    of `image_size` pixels passes through at construction, in evaluation mode, to learn the channels.
+
+    forward: x -> net(x); features: -> logits (B, num_classes), feats, len(blocks) maps (B, c_i, H_i, W_i).
+    Raises ValueError for an unknown block, blocks not listed in the order in which the network runs them, one
+    that it runs more or less than once, whose output is no (B, C, H, W) map, or that a later layer overwrites.
+    """
+
+    def __init__(self, net, blocks, image_size=224):
+        super().__init__()
+        modules = dict(net.named_modules())
+        for block in blocks:
+            if not block or block not in modules:
+                raise ValueError(f"no block named {block!r}; the network has {', '.join(outer_names(net))}")
+        self.net, self.blocks = net, list(blocks)
+        weight = next(net.parameters())
+        training = net.training
+        net.eval()
+        with torch.no_grad():
+            _, outputs = self.run(torch.zeros(1, 3, image_size, image_size).to(weight))
+        net.train(training)
+        ran = [block for block, _, _ in outputs]
+        if ran != self.blocks:
+            raise ValueError(f"the network runs these blocks as {ran}, not as {self.blocks}")
+        for block, output, version in outputs:
+            if not torch.is_tensor(output) or output.ndim != 4:
+                raise ValueError(f"the output of block {block!r} is not a (B, C, H, W) map")
+            if output._version != version:
+                raise ValueError(f"a later layer overwrites the output of block {block!r}: name that layer instead")
+        self.channels = [output.shape[1] for _, output, _ in outputs]
+
+    def run(self, x):
+        """net(x), and (block, output, the output's version) of each named block in the order in which they ran."""
+        outputs = []
+
+        def capture(block):
+            return lambda module, args, output: outputs.append((block, output, getattr(output, "_version", 0)))
+
+        handles = [self.net.get_submodule(block).register_forward_hook(capture(block)) for block in self.blocks]
+        try:
+            return self.net(x), outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def features(self, x):
+        logits, outputs = self.run(x)
+        return logits, [output for _, output, _ in outputs]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def outer_names(net):
+    """Names of a network's modules two levels deep, for the message above: a full list runs to hundreds."""
+    return [name for name, _ in net.named_modules() if name and name.count(".") <= 1]
+
+
+def export(student):
+    """The plain network, without what training added: what you deploy, and whose state_dict you save."""
+    return student.net if isinstance(student, Adapter) else student
+
+
+# ------------------------------------------------------------------------- Cost: what the self-teacher adds
+
+
+def cost(module, *inputs):
+    """Parameters and FLOPs of one forward pass, (int, float), in evaluation mode. Needs fvcore.
+
+    A FLOP is a multiply-add, as fvcore and the paper count; convolutions, linear layers, batch norm, pooling and
+    interpolation count, element-wise operations do not.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    training = module.training
+    flops = FlopCountAnalysis(module.eval(), inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    total = flops.total()
+    module.train(training)
+    return sum(p.numel() for p in module.parameters()), total
+
+
+def table6():
+    """Cost of each self-teacher of Table 6 over its WRN-16-2 (32x32, 100 classes, batch of one).
+
+    Returns a list of (type, deepest width, parameter ratio, FLOP ratio in the paper's order, as executed here).
+    """
+    student = wrn16_2(100).eval()
+    x = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        _, feats = student.features(x)
+    params, flops = cost(student, x)
+    rows = []
+    for name, build, size in (
+        ("BiFPN", BiFPN, 128), ("BiFPN", BiFPN, 256), ("BiFPNc", BiFPNc, 1), ("BiFPNc", BiFPNc, 2),
+    ):  # fmt: skip
+        params_t, flops_t = cost(build(student.channels, 100, size, conv_first=False), feats)
+        _, executed = cost(build(student.channels, 100, size), feats)
+        deepest = size * student.channels[-1] if build is BiFPNc else size
+        rows.append((name, deepest, params_t / params, flops_t / flops, executed / flops))
+    return rows
+
+
+def step_times(variants, rounds, batch_size=128):
+    """Median seconds of a training step of each variant, interleaved so that a noisy machine hits all alike.
+
+    variants: name -> (method, memory format). A step is forward, backward and SGD on (batch_size, 3, 32, 32).
+    """
+    import statistics
+    import time
+
+    y = torch.randint(100, (batch_size,))
+    steps, seconds = {}, {name: [] for name in variants}
+    for name, (method, memory_format) in variants.items():
+        method.to(memory_format=memory_format)
+        x = torch.randn(batch_size, 3, 32, 32).to(memory_format=memory_format)
+        steps[name] = (method, x, torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4))
+    for i in range(rounds + 1):  # the first round warms up
+        for name, (method, x, optimizer) in steps.items():
+            start = time.perf_counter()
+            terms, _ = method(x, y)
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            if i > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    paper = [(0.30, 0.67), (0.97, 2.38), (0.19, 0.21), (0.59, 0.68)]
+    print("Table 6: the self-teacher over its WRN-16-2 (32x32, 100 classes); executed: 1x1 before upsampling\n")
+    print("| type   | #channel | parameters (paper) | FLOPs (paper)  | FLOPs executed |")
+    print("|--------|---------:|-------------------:|---------------:|---------------:|")
+    for (name, channel, params, flops, executed), (p, f) in zip(table6(), paper):
+        print(f"| {name:6} | {channel:8} | {params:9.3f} ({p:.2f})   | {flops:6.3f} ({f:.2f})  | {executed:14.3f} |")
+
+    def frskd(**kwargs):
+        student = wrn16_2(100)
+        return FRSKD(student, BiFPNc(student.channels, 100, **kwargs))
+
+    times = step_times(
+        {
+            "baseline": (Baseline(wrn16_2(100)), torch.channels_last),
+            "FRSKD": (frskd(), torch.channels_last),
+            "FRSKD, default layout, paper's order": (frskd(conv_first=False), torch.contiguous_format),
+        },
+        rounds=10,
+    )
+    print("\nA training step, WRN-16-2, batch 128, float32, eager, CPU, median of 10 interleaved\n")
+    for name, seconds in times.items():
+        ratio = seconds / times["baseline"]
+        print(f"{name:36} {seconds * 1e3:7.0f} ms {128 / seconds:7.0f} images/s {ratio:6.2f} baseline steps")
