@@ -1,0 +1,406 @@
+"""Data sets and loaders: `shapes` (drawn in memory), `cifar100`, and `folder` (train/<class>/*, val/ or test/).
+
+    data = load("folder", data_dir="photos", image_size=224)
+    train = make_loader(data.train, train=True, batch_size=32, image_size=224, seed=0, workers=2)
+    for x, y in train.epoch(0): ...                          # x (B, 3, H, W) float, normalised, on the device
+
+Every random draw comes from a generator seeded by (seed, epoch), or by (seed, epoch, index) for one image. So the
+number of workers, their persistence and a resumed run change no number.
+"""
+
+import hashlib
+import os
+import signal
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+DEVICE_RESIDENT = 64  # up to this size in pixels, a data set is decoded once and lives on the device
+
+# Mean and std of the channels, of images in 0..1.
+# Paper vs code: the paper is silent; the authors normalise CIFAR-100 by CIFAR-10's figures, as here.
+CIFAR_STATS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DataError(Exception):
+    """What is wrong with the data, where, and what to do, in one line."""
+
+    def __init__(self, message):
+        # A worker's exception arrives with its traceback before the message.
+        super().__init__(str(message).rsplit("DataError: ", 1)[-1].strip())
+
+
+@dataclass
+class Split:
+    """Images, uint8 (N, H, W, 3) or a list of N paths, sorted by class; labels (N,) int64."""
+
+    images: torch.Tensor | list
+    labels: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+    def subset(self, keep):
+        images = self.images[keep] if torch.is_tensor(self.images) else [self.images[i] for i in keep.tolist()]
+        return Split(images, self.labels[keep])
+
+
+@dataclass
+class Data:
+    """Training and test split, the names of the classes, and what the test split is called."""
+
+    train: Split
+    test: Split
+    classes: list
+    test_name: str = "test"
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+
+
+def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=False):
+    """Reads a data set: name, folder, size in pixels, the first `per_class` training images of each class -> Data.
+
+    Up to 64 px the images come back as a uint8 tensor of that size, otherwise as they lie on disk.
+    Raises DataError where something is missing, unreadable or does not fit.
+    """
+    if dataset == "shapes":
+        data = draw_data(image_size)
+    elif dataset == "cifar100":
+        data = read_cifar100(data_dir, download)
+    elif dataset == "folder":
+        data = read_folder(data_dir)
+    else:
+        raise DataError(f"no data set named {dataset}")
+    if per_class is not None:
+        data.train = first_per_class(data.train, per_class, data.classes)
+    if image_size <= DEVICE_RESIDENT:
+        for name in ("train", "test"):
+            split = getattr(data, name)
+            split.images = decode(split.images, image_size, f"reading {name}")
+    return data
+
+
+def first_per_class(split, n, classes):
+    """The first n images of each class, in sorted order."""
+    keep = []
+    for c, name in enumerate(classes):
+        index = (split.labels == c).nonzero().flatten()
+        if len(index) < n:
+            raise DataError(f"class {name} has {len(index)} training images, fewer than --per-class {n}")
+        keep.append(index[:n])
+    return split.subset(torch.cat(keep))
+
+
+def read_cifar100(root, download=False):
+    """CIFAR-100 as cifar-100-python.tar.gz unpacks: `root` is the folder that holds cifar-100-python/.
+
+    Sorted by class (stable), so that the same pixels in class folders give the same numbers.
+    """
+    splits = []
+    for train in (True, False):
+        try:
+            source = torchvision.datasets.CIFAR100(root, train=train, download=download)
+        except (RuntimeError, OSError) as error:  # URLError is an OSError
+            tried = f" (the download failed: {error})" if download else ""
+            raise DataError(
+                f"CIFAR-100 is missing or incomplete in {root}{tried}: unpack cifar-100-python.tar.gz from "
+                "https://www.cs.toronto.edu/~kriz/cifar.html there, or pass --download"
+            ) from None
+        labels = torch.tensor(source.targets)
+        splits.append(Split(torch.from_numpy(source.data), labels).subset(labels.argsort(stable=True)))
+    return Data(*splits, source.classes)
+
+
+def read_folder(root):
+    """Class folders: root/train/<class>/*, evaluated on root/val where there is one, else on root/test."""
+    root = Path(root)
+    for folder in (root, root / "train"):
+        if not folder.is_dir():
+            raise DataError(f"no such folder: {folder} (expected train/<class>/* and val/ or test/ below {root})")
+    test_name = next((name for name in ("val", "test") if (root / name).is_dir()), None)
+    if test_name is None:
+        raise DataError(f"no test images: {root} has neither val/ nor test/")
+    train, test = image_folder(root / "train"), image_folder(root / test_name)
+    extra = sorted(set(test.classes) - set(train.classes))
+    if extra:
+        raise DataError(f"{root / test_name} has the class {extra[0]}, which {root / 'train'} lacks")
+    if len(train.classes) < 2:
+        raise DataError(f"{root / 'train'} has one class, {train.classes[0]}: a classifier needs two")
+    splits = []
+    for source in (train, test):
+        paths = [path for path, _ in source.samples]
+        labels = torch.tensor([train.class_to_idx[source.classes[label]] for _, label in source.samples])
+        splits.append(Split(paths, labels))
+    return Data(*splits, train.classes, test_name)
+
+
+def image_folder(folder):
+    try:
+        return torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:  # no class folder, or one without an image: torchvision names it
+        raise DataError(f"{folder}: {error}") from None
+
+
+def folder_image_size(root):
+    """The size that a folder's images are trained at unless told: theirs up to 64 px, 224 above.
+
+    It is read off the first training image: the shorter side.
+    """
+    short = min(read_image(read_folder(root).train.images[0]).size)
+    return short if short <= DEVICE_RESIDENT else 224
+
+
+def read_image(path):
+    """A file as a PIL image in RGB, whatever its format and mode; 16-bit images are refused."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                raise ValueError("16 bits a channel; convert it to 8")
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for a broken file
+        raise DataError(f"{path}: not a readable image ({error})") from None
+
+
+def decode(images, size, what):
+    """Paths or a uint8 tensor (N, H, W, 3) -> uint8 (N, size, size, 3): shorter side to `size`, centre crop."""
+    if torch.is_tensor(images) and images.shape[1:3] == (size, size):
+        return images
+    fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    decoded = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
+
+    def one(i):
+        decoded[i] = fit(as_pil(images[i])).permute(1, 2, 0)
+
+    with ThreadPool(os.cpu_count()) as pool:
+        for _ in tqdm(pool.imap_unordered(one, range(len(images)), 64), what, len(images), leave=False, disable=None):
+            pass
+    return decoded
+
+
+def as_pil(image):
+    """A path or a uint8 tensor (H, W, 3) -> PIL image."""
+    return Image.fromarray(image.numpy()) if torch.is_tensor(image) else read_image(image)
+
+
+# ---------------------------------------------------------------------------------------------- shapes, drawn
+
+
+def _polar(u, v):
+    return (u.square() + v.square()).sqrt(), torch.atan2(v, u)
+
+
+# Each takes coordinates (u, v), the object's own, turned and scaled so that it fits the unit disk -> bool.
+SHAPES = {
+    "cross": lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.3) & (torch.maximum(u.abs(), v.abs()) < 0.95),
+    "crescent": lambda u, v: (_polar(u, v)[0] < 1) & (_polar(u - 0.5, v)[0] > 0.75),
+    "disk": lambda u, v: _polar(u, v)[0] < 0.85,
+    "flower": lambda u, v: _polar(u, v)[0] < 0.65 + 0.35 * torch.cos(5 * _polar(u, v)[1]),
+    "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) < 0.8) & (torch.maximum(u.abs(), v.abs()) > 0.45),
+    "ring": lambda u, v: (_polar(u, v)[0] < 0.95) & (_polar(u, v)[0] > 0.55),
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.75,
+    "triangle": lambda u, v: torch.maximum(-v, 0.866 * u.abs() + 0.5 * v) < 0.5,
+}
+
+
+def draw_shapes(per_class, size, seed):
+    """Images of one shape each, somewhere, at some size, turned, before a background with crumbs of other shapes.
+
+    Colours and textures of shape and background are drawn alike, so neither says anything about the class.
+    -> images uint8 (N, size, size, 3), labels int64 (N,), masks uint8 (N, size, size): 0 background, class + 1.
+    """
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(SHAPES)).repeat_interleave(per_class)
+    images, masks = [], []
+    for label in labels.split(256):
+        n, fine = len(label), 2 * size  # drawn at twice the size, then averaged
+        axis = (torch.arange(fine) + 0.5) / fine * 2 - 1  # -1..1 across the image
+        y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
+
+        def uniform(low, high, *shape):
+            return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+        def texture():
+            """A colour of its own, shaded by a coarse random pattern: (n, 3, fine, fine)."""
+            pattern = F.interpolate(uniform(-0.25, 0.25, 3, 5, 5), size=(fine, fine), mode="bicubic")
+            return uniform(0.1, 0.9, 3, 1, 1) + pattern
+
+        def inside(label, radius, limit):
+            """Mask (n, fine, fine) of one object an image, `radius` of the half image, its centre within `limit`."""
+            cx, cy, angle = uniform(-1, 1, 1, 1) * limit, uniform(-1, 1, 1, 1) * limit, uniform(0, 6.2832, 1, 1)
+            u = ((x - cx) * angle.cos() + (y - cy) * angle.sin()) / radius
+            v = ((y - cy) * angle.cos() - (x - cx) * angle.sin()) / radius
+            mask = torch.zeros(n, fine, fine, dtype=torch.bool)
+            for c, shape in enumerate(SHAPES.values()):
+                mask[label == c] = shape(u[label == c], v[label == c])
+            return mask
+
+        image = texture()
+        for _ in range(4):  # crumbs
+            crumb = inside(torch.randint(len(SHAPES), (n,), generator=g), uniform(0.1, 0.2, 1, 1), 1.0)
+            image = torch.where(crumb[:, None], texture(), image)
+        radius = uniform(0.3, 0.65, 1, 1)
+        mask = inside(label, radius, 1 - radius)
+        image = torch.where(mask[:, None], texture(), image)
+        image = F.avg_pool2d(image, 2) + 0.04 * torch.randn(n, 3, size, size, generator=g)
+        images.append((image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous())
+        covered = F.avg_pool2d(mask[:, None].float(), 2)[:, 0] >= 0.5
+        masks.append((covered * (label + 1).view(-1, 1, 1)).byte())
+    return torch.cat(images), labels, torch.cat(masks)
+
+
+def draw_data(size):
+    """The data set `shapes`: eight classes, 250 training and 100 test images each, always the same."""
+    splits = [Split(*draw_shapes(n, size, seed)[:2]) for n, seed in ((250, 1), (100, 2))]
+    return Data(*splits, list(SHAPES))
+
+
+# ------------------------------------------------------------------------------------------ seeds and batches
+
+
+def seed_of(*key):
+    """One 56-bit seed for a tuple of numbers: (seed, epoch) or (seed, epoch, index)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+def generator(*key):
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def split_batches(order, batch_size):
+    """Consecutive batches, the last partial one kept; a last one of a single image joins the batch before.
+
+    Batch norm cannot normalise one value a channel, which is what a single image gives on a 1x1 map.
+    """
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------- loaders
+
+
+def make_loader(split, *, train, batch_size, image_size, seed=0, stats=CIFAR_STATS, workers=0, device="cpu"):
+    """The loader for a size: DeviceLoader up to 64 px, WorkerLoader above. Raises DataError for a batch too large."""
+    if train and batch_size > len(split):
+        raise DataError(f"--batch-size {batch_size} is larger than the training set of {len(split)} images")
+    kwargs = dict(train=train, batch_size=batch_size, seed=seed, stats=stats, device=device)
+    if image_size <= DEVICE_RESIDENT:
+        return DeviceLoader(split, **kwargs)
+    return WorkerLoader(split, image_size=image_size, workers=workers, **kwargs)
+
+
+class Loader:
+    """What both loaders share.
+
+    epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,); raw([i, ...]) gives images
+    before normalisation, uint8 (N, 3, H, W), from the test split as they are evaluated.
+    """
+
+    def __init__(self, split, *, train, batch_size, seed, stats, device):
+        self.split, self.train, self.batch_size, self.seed, self.device = split, train, batch_size, seed, device
+        self.mean, self.std = (255 * torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
+
+    def __len__(self):
+        return len(split_batches(torch.arange(len(self.split)), self.batch_size))
+
+    def batches(self, epoch):
+        """The indices of each batch of an epoch; shuffled in training."""
+        n = len(self.split)
+        order = torch.randperm(n, generator=generator(self.seed, epoch)) if self.train else torch.arange(n)
+        return split_batches(order, self.batch_size)
+
+    def normalize(self, x):
+        return (x.float() - self.mean) / self.std
+
+
+class DeviceLoader(Loader):
+    """All images on the device as uint8; cropped, flipped and normalised there, a batch at a time.
+
+    Training: zero padding of 4, random crop, horizontal flip (Sec. 4.1: "random cropping and flipping").
+    """
+
+    def __init__(self, split, *, pad=4, **kwargs):
+        super().__init__(split, **kwargs)
+        self.size, self.pad = split.images.shape[1], pad
+        images = F.pad(split.images, (0, 0, pad, pad, pad, pad)) if self.train else split.images
+        self.images, self.labels = images.to(self.device), split.labels.to(self.device)
+
+    def epoch(self, epoch=0):
+        span = torch.arange(self.size, device=self.device)
+        if self.train:
+            n, g = len(self.split), generator(self.seed, epoch, "augmentation")
+            top, left = torch.randint(2 * self.pad + 1, (2, n), generator=g).to(self.device)
+            flip = (torch.rand(n, generator=g) < 0.5).to(self.device)
+            rows = top[:, None] + span  # (N, H): which row of the padded image becomes row h
+            cols = left[:, None] + torch.where(flip[:, None], span.flip(0), span)  # (N, W)
+        else:
+            rows = cols = span.expand(len(self.split), -1)
+        for index in self.batches(epoch):
+            index = index.to(self.device)
+            x = self.images[index[:, None, None], rows[index][:, :, None], cols[index][:, None, :]]  # (B, H, W, 3)
+            yield self.normalize(x.permute(0, 3, 1, 2)), self.labels[index]
+
+    def raw(self, index):
+        return self.split.images[index].permute(0, 3, 1, 2).to(self.device)
+
+
+class WorkerLoader(Loader):
+    """Images decoded and augmented one by one, in worker processes where workers > 0; normalised on the device.
+
+    Training: RandomResizedCrop and horizontal flip; evaluation: shorter side to 8/7 of the size, centre crop.
+    """
+
+    def __init__(self, split, *, image_size, workers, **kwargs):
+        super().__init__(split, **kwargs)
+        if self.train:
+            steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+        else:
+            steps = [v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)]
+        self.dataset = SeededDataset(split, v2.Compose([*steps, v2.PILToTensor()]), self.seed)
+        self.keys = []  # refilled for each epoch: the workers stay, and learn the epoch from the key of each image
+        self.loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.device(self.device).type == "cuda",
+            worker_init_fn=init_worker,
+        )
+
+    def epoch(self, epoch=0):
+        self.keys[:] = [[(epoch, i) for i in index.tolist()] for index in self.batches(epoch)]
+        for x, y in self.loader:
+            x = x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            yield self.normalize(x), y.to(self.device, non_blocking=True)
+
+    def raw(self, index):
+        return torch.stack([self.dataset[0, i][0] for i in index]).to(self.device)
+
+
+class SeededDataset(Dataset):
+    """An image by its key (epoch, index) -> uint8 (3, H, W), label; augmented by a draw from (seed, epoch, index)."""
+
+    def __init__(self, split, transform, seed):
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+            return self.transform(as_pil(self.split.images[index])), self.split.labels[index]
+
+
+def init_worker(_):
+    """Ctrl-C reaches the whole process group: the workers leave it to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,784 @@
+"""Train an image classifier with FRSKD or without, evaluate it, look at what it attends to.
+
+    python train.py                                                          # drawn shapes: no file, no network
+    python train.py --dataset cifar100 --download --arch resnet18 --alpha 2 --beta 100
+    python train.py --dataset cifar100 --arch resnet18 --method baseline
+    python train.py --dataset folder --data-dir photos --arch mobilenet_v3_small --blocks features.3,features.8,features.11
+    python train.py --resume runs/cifar100-resnet18-frskd-s0
+    python train.py --eval runs/cifar100-resnet18-frskd-s0/student.pt
+    python train.py --table runs
+
+A run writes args.json, log.jsonl (one object an epoch), last.pt (everything to resume), student.pt (the plain
+network) and attention.png into runs/<dataset>-<arch>-<name>-s<seed>.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data
+import frskd
+from data import DataError
+
+# --------------------------------------------------------------------------------------------------- recipes
+
+COMMON = dict(  # Sec. 4.1; momentum: the paper is silent, 0.9 is the authors' code
+    method="frskd", lr=0.1, momentum=0.9, weight_decay=1e-4, temperature=4.0, teacher="bifpnc", width=2, channels=256,
+    blocks=None, per_class=None, amp=False,
+)  # fmt: skip
+CIFAR = COMMON | dict(arch="resnet18", image_size=32, alpha=2.0, beta=100.0, batch_size=128, epochs=200)
+FGVR = COMMON | dict(arch="resnet18", image_size=224, alpha=1.0, beta=200.0, batch_size=32, epochs=200)
+RECIPES = {
+    "shapes": CIFAR | dict(arch="wrn16_2", batch_size=64, epochs=8),  # ours: short enough for two CPU cores
+    "cifar100": CIFAR,  # Sec. 4.1
+    "folder up to 64 px": CIFAR,
+    "folder above 64 px": FGVR,  # Sec. 4.1, fine-grained visual recognition
+}
+MILESTONES = (1 / 2, 3 / 4)  # of the epochs: 100 and 150 of 200 (Sec. 4.1)
+
+# What a choice that is not the recipe's adds to the name of a run, in this order.
+TAGS = dict(
+    temperature="t", alpha="alpha", beta="beta", width="w", blocks="blocks", weight_decay="wd", lr="lr",
+    momentum="m", batch_size="bs", image_size="px", per_class="n", epochs="e", milestones="ms",
+)  # fmt: skip
+TEACHER_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels")
+MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", "output", "resume", "eval")  # on resuming
+
+
+class UserError(Exception):
+    """What the user can mend: what was wrong, where, what to do, in one line."""
+
+
+class NonFinite(Exception):
+    """A term or a gradient became infinite or not a number."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; .signum says which."""
+
+    def __init__(self, signum):
+        self.signum = signum
+
+
+def resolve(given):
+    """The options given on the command line, a dict -> all values, with the recipe's where none was given."""
+    dataset = given.get("dataset", "shapes")
+    natural = data.folder_image_size(given.get("data_dir", "data")) if dataset == "folder" else 32
+    size = given.get("image_size", natural)
+    key = dataset if dataset != "folder" else f"folder {'up to' if size <= data.DEVICE_RESIDENT else 'above'} 64 px"
+    recipe = RECIPES[key] | dict(dataset=dataset, image_size=natural)
+    args = SimpleNamespace(
+        **recipe | dict(data_dir="data", seed=0, workers=2, device=None, compile=None, attention=None, output=None)
+    )
+    vars(args).update(given)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.recipe = recipe
+    if "milestones" not in given:
+        args.milestones = default_milestones(args.epochs)
+    if args.milestones != sorted(set(args.milestones)):
+        raise UserError(f"--milestones {commas(args.milestones)}: the epochs must increase")
+    return args
+
+
+def default_milestones(epochs):
+    return sorted({max(1, int(epochs * fraction)) for fraction in MILESTONES})
+
+
+def run_name(args):
+    """The method, then every choice that changes the result and is not the recipe's: frskd-nofeat-wd0.0005."""
+    name = args.method
+    defaults = args.recipe | dict(milestones=default_milestones(args.epochs))
+    ignored = TEACHER_OPTIONS if args.method == "baseline" else ("channels", "teacher")
+    if args.method == "frskd" and args.beta == 0:
+        name += "-nofeat"
+        ignored += ("beta",)
+    if args.method == "frskd" and args.teacher == "bifpn":
+        name += f"-bifpn{args.channels}"
+        ignored += ("width",)
+    for key, tag in TAGS.items():
+        value = getattr(args, key)
+        if value != defaults[key] and key not in ignored:
+            name += f"-{tag}{commas(value) if isinstance(value, list) else format(value, 'g')}"
+    return name + "-amp" * args.amp
+
+
+def commas(values):
+    return ",".join(str(v) for v in values)
+
+
+# ----------------------------------------------------------------------------------------- networks and methods
+
+
+def build_student(args, num_classes):
+    """The network that --arch names, with `features` (see frskd.py)."""
+    stem = "cifar" if args.image_size <= data.DEVICE_RESIDENT else "imagenet"
+    wrn = re.fullmatch(r"wrn(\d+)_(\d+)", args.arch)
+    try:
+        if args.arch in ("resnet18", "resnet34"):
+            return getattr(frskd, args.arch)(num_classes, stem=stem)
+        if wrn:
+            return frskd.WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
+        aux = dict(aux_logits=False, init_weights=True) if args.arch in ("googlenet", "inception_v3") else {}
+        net = torchvision.models.get_model(args.arch, num_classes=num_classes, **aux)
+        return frskd.Adapter(net, args.blocks, args.image_size)
+    except (ValueError, RuntimeError) as error:  # of the adapter, or an image too small for the network
+        raise UserError(f"--arch {args.arch} at {args.image_size} px: {error}") from None
+
+
+def build_frskd(student, num_classes, args):
+    if args.teacher == "bifpn":
+        teacher = frskd.BiFPN(student.channels, num_classes, dim=args.channels)
+    else:
+        teacher = frskd.BiFPNc(student.channels, num_classes, width=args.width)
+    return frskd.FRSKD(student, teacher, alpha=args.alpha, beta=args.beta, temperature=args.temperature)
+
+
+METHODS = {  # name -> (student, number of classes, args) -> method, see frskd.FRSKD.forward
+    "frskd": build_frskd,
+    "baseline": lambda student, num_classes, args: frskd.Baseline(student),
+}
+
+
+def build_method(args, num_classes):
+    torch.manual_seed(args.seed)
+    method = METHODS[args.method](build_student(args, num_classes), num_classes, args)
+    return method.to(args.device, memory_format=torch.channels_last)
+
+
+def build_loaders(args):
+    """-> data, training loader, test loader."""
+    loaded = data.load(
+        args.dataset,
+        data_dir=args.data_dir,
+        image_size=args.image_size,
+        per_class=args.per_class,
+        download=getattr(args, "download", False),
+    )
+    cifar = args.dataset == "cifar100" or args.image_size <= data.DEVICE_RESIDENT
+    kwargs = dict(
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        seed=args.seed,
+        stats=data.CIFAR_STATS if cifar else data.IMAGENET_STATS,
+        workers=args.workers,
+        device=args.device,
+    )
+    return (
+        loaded,
+        data.make_loader(loaded.train, train=True, **kwargs),
+        data.make_loader(loaded.test, train=False, **kwargs),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- loop
+
+
+def train(args, folder, checkpoint, stop):
+    """Train to args.epochs, from the checkpoint where there is one; -> the log, a list of dicts, one an epoch."""
+    loaded, train_loader, test_loader = build_loaders(args)
+    method = build_method(args, len(loaded.classes))
+    optimizer = torch.optim.SGD(
+        method.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )  # weight decay on everything, as the authors' code
+    log, start = [], 0
+    if checkpoint:
+        restore(checkpoint, method, optimizer, args)
+        log, start = checkpoint["log"], checkpoint["epoch"]
+    write_run(folder, args, loaded, log)
+
+    autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
+    compiled = torch.compile(method, backend=args.compile) if args.compile else method
+    for epoch in range(start, args.epochs):
+        torch.manual_seed(data.seed_of(args.seed, epoch))  # for dropout: a resumed run draws the same
+        method.train()
+        lr = optimizer.param_groups[0]["lr"] = args.lr / 10 ** sum(epoch >= m for m in args.milestones)
+        meter, waited, began = Meter(method, epoch), 0.0, time.perf_counter()
+        bar = tqdm(total=len(train_loader), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, mininterval=interval())
+        batches = train_loader.epoch(epoch)
+        for step in range(len(train_loader)):
+            asked = time.perf_counter()
+            x, y = next(batches)
+            waited += time.perf_counter() - asked
+            with autocast:  # the last, smaller batch runs uncompiled: compiling for its shape would cost more
+                terms, logits = (compiled if len(x) == args.batch_size else method)(x, y)
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            meter.update(terms, logits, y)
+            if step % 50 == 49:
+                bar.set_postfix({name: f"{value:.3g}" for name, value in meter.read().items()})
+            bar.update()
+            stop.check()
+        means = meter.read()
+        seconds = time.perf_counter() - began
+        bar.close()
+        top1, top5 = evaluate(method.student, test_loader, autocast, stop)
+        log.append(
+            dict(epoch=epoch + 1, lr=lr, **means, top1=top1, top5=top5)
+            | dict(images_per_s=len(loaded.train) / seconds, seconds=seconds, data_wait=waited)
+        )
+        print(summary(log[-1], args.epochs), flush=True)
+        append_line(folder / "log.jsonl", log[-1])
+        save_checkpoint(folder, method, optimizer, epoch + 1, args, log)
+        if args.attention and epoch + 1 in args.attention:
+            draw_attention(method, test_loader, loaded, folder / f"attention-{epoch + 1}.png")
+    if not args.attention:
+        draw_attention(method, test_loader, loaded, folder / "attention.png")
+    return log
+
+
+class Meter:
+    """Means of the terms and train accuracy, and the first step at which a term or a gradient was not finite.
+
+    Everything is kept on the device; read() is the only synchronisation.
+    """
+
+    def __init__(self, method, epoch):
+        self.method, self.epoch, self.step, self.images = method, epoch, 0, 0
+        self.sums = self.first_bad = None
+
+    def update(self, terms, logits, y):
+        """terms, logits as the method returns them; to be called after backward, while the gradients stand."""
+        gradients = {name: p.grad for name, p in self.method.named_parameters() if p.grad is not None}
+        values = torch.stack([t.detach() for t in terms.values()])
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        finite = torch.cat([values, norms]).isfinite()
+        labels = y.argmax(1) if y.ndim == 2 else y
+        correct = (logits.argmax(1) == labels).sum()[None]
+        if self.step == 0:
+            self.terms, self.gradients = list(terms), list(gradients)
+            self.sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=values.device)
+            self.first_bad = torch.full(finite.shape, -1, device=values.device)
+        self.sums += torch.cat([values * len(y), correct])
+        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.step)
+        self.step += 1
+        self.images += len(y)
+
+    def read(self):
+        """-> mean of each term over the images so far, and train_top1 in percent. Raises NonFinite."""
+        first_bad = self.first_bad.tolist()
+        bad = [(step, i) for i, step in enumerate(first_bad) if step >= 0]
+        if bad:
+            step, i = min(bad)  # the earliest; in one step, terms before gradients
+            n = len(self.terms)
+            what = f"the term {self.terms[i]}" if i < n else f"the gradient of {self.gradients[i - n]}"
+            raise NonFinite(f"{what} is not finite in epoch {self.epoch + 1}, step {step + 1}")
+        *means, correct = (self.sums / self.images).tolist()
+        return dict(zip(self.terms, means)) | dict(train_top1=100 * correct)
+
+
+@torch.no_grad()
+def evaluate(student, loader, autocast, stop=None):
+    """-> top-1 and top-5 accuracy in percent, of the student alone, in evaluation mode."""
+    student.eval()
+    hits = 0
+    for x, y in loader.epoch():
+        with autocast:
+            logits = student(x)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+        hits = hits + torch.stack([ranked[:, 0].sum(), ranked.sum()])
+        if stop:
+            stop.check()
+    top1, top5 = (100 * hits / len(loader.split)).tolist()
+    return top1, top5
+
+
+class StopOnSignal:
+    """While it is entered, SIGINT and SIGTERM are remembered, and check(), called after each step, raises Stopped."""
+
+    def __enter__(self):
+        self.signum = None
+        self.before = {s: signal.signal(s, self.remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def remember(self, signum, _):
+        self.signum = signum
+        signal.signal(signum, self.before[signum])  # a second one does not wait for the step
+
+    def check(self):
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+
+def interval():
+    """Seconds between two updates of a progress bar: seldom where it goes into a file."""
+    return 0.5 if sys.stderr.isatty() else 30
+
+
+def summary(entry, epochs):
+    keys = [k for k in entry if k not in ("epoch", "lr", "train_top1", "top1", "top5", "seconds", "data_wait", "images_per_s")]
+    terms = "  ".join(f"{k} {entry[k]:.3f}" for k in keys)
+    return (
+        f"epoch {entry['epoch']}/{epochs}  lr {entry['lr']:g}  {terms}  train {entry['train_top1']:.2f}  "
+        f"top-1 {entry['top1']:.2f}  top-5 {entry['top5']:.2f}  {entry['images_per_s']:.0f} images/s"
+    )
+
+
+def result_line(args, log):
+    last, best = log[-1], max(log, key=lambda entry: entry["top1"])
+    return (
+        f"{args.dataset} {args.arch} {args.name} seed {args.seed}: top-1 {last['top1']:.2f} top-5 {last['top5']:.2f} "
+        f"(last epoch; best {best['top1']:.2f} at epoch {best['epoch']})"
+    )
+
+
+# ------------------------------------------------------------------------------------- the folder of a run
+
+RUN_FILES = ("args.json", "log.jsonl", "last.pt", "student.pt")
+
+
+def prepare_folder(args, overwrite):
+    """The folder of a fresh run: refused where it holds one already."""
+    folder = Path(args.output)
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    if held and not overwrite:
+        raise UserError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
+    for path in [folder / name for name in held] + list(folder.glob("attention*.png")) * overwrite:
+        path.unlink()
+    return folder
+
+
+def write_run(folder, args, loaded, log):
+    """args.json, and log.jsonl with the epochs that a checkpoint holds."""
+    about = dict(
+        command="python train.py " + shlex.join(args.argv),
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        python=sys.version.split()[0],
+        device_name=torch.cuda.get_device_name() if "cuda" in args.device else os.uname().machine,
+        threads=torch.get_num_threads(),
+        train_images=len(loaded.train),
+        test_images=len(loaded.test),
+        test_split=loaded.test_name,
+        num_classes=len(loaded.classes),
+    )
+    values = {k: v for k, v in vars(args).items() if k != "argv"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "args.json", lambda file: file.write(json.dumps(values | about, indent=1).encode()))
+        lines = "".join(json.dumps(entry) + "\n" for entry in log)
+        write_atomically(folder / "log.jsonl", lambda file: file.write(lines.encode()))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def append_line(path, entry):
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def write_atomically(path, write):
+    """Through a temporary file that is then renamed: a reader finds the old content or the new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder, method, optimizer, epoch, args, log):
+    """last.pt, everything to resume; then student.pt, the plain network."""
+    checkpoint = dict(
+        args=saved_args(args), epoch=epoch, method=method.state_dict(), optimizer=optimizer.state_dict(), log=log
+    )
+    write_atomically(folder / "last.pt", lambda file: torch.save(checkpoint, file))
+    student = frskd.export(method.student).state_dict()
+    write_atomically(folder / "student.pt", lambda file: torch.save(student, file))
+
+
+def saved_args(args):
+    return {k: v for k, v in vars(args).items() if k not in ("argv", "output", "resume", "eval")}
+
+
+def load_file(path):
+    """A checkpoint or a state_dict, by weights_only: no code of a stranger runs."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except Exception as error:  # cut short, no zip file, a foreign pickle ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint that can be read ({reason})") from None
+
+
+def load_checkpoint(path):
+    """last.pt of a run folder, or the file itself -> its content."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    checkpoint = load_file(path)
+    if not isinstance(checkpoint, dict) or not {"args", "epoch", "method", "optimizer", "log"} <= set(checkpoint):
+        raise UserError(f"{path} is not the last.pt of a run")
+    return checkpoint
+
+
+def continued(saved, given, argv):
+    """The values of a checkpoint, and what the command line may change of them; anything else is refused by name."""
+    args = SimpleNamespace(**saved)
+    for key, value in given.items():
+        option = "--" + key.replace("_", "-")
+        if key == "overwrite":
+            raise UserError("--overwrite and --resume do not go together")
+        if key == "epochs" and value < args.epochs:
+            raise UserError(f"--epochs {value} is less than the checkpoint's {args.epochs}")
+        if key not in (*MAY_DIFFER, "epochs") and value != getattr(args, key):
+            raise UserError(f"{option} {value} differs from the checkpoint's {getattr(args, key)}: leave it out")
+        setattr(args, key, value)
+    args.argv = argv
+    args.name = run_name(args)
+    return args
+
+
+def restore(checkpoint, method, optimizer, args):
+    load_weights(method, checkpoint["method"], args)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+
+
+def load_weights(module, state, args):
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reasons = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = reasons[1] if len(reasons) > 1 else reasons[0]
+        raise UserError(f"the weights do not fit {args.arch}, {args.method}: {reason[:200]}") from None
+
+
+# ---------------------------------------------------------------------------------------- pictures and tables
+
+
+@torch.no_grad()
+def draw_attention(method, loader, loaded, path, images=4, cell=112):
+    """The paper's Figure 3: for a few test images, the attention map of each block.
+
+    Per image one row for the classifier and, where the method has a teacher, one for the self-teacher: the input,
+    then the mean of squares over channels of F_i and of T_i, each scaled to 0..1, red where it is large.
+    """
+    method.eval()
+    classes = torch.linspace(0, len(loaded.classes) - 1, min(images, len(loaded.classes))).long()
+    index = [i for c in classes for i in (loader.split.labels == c).nonzero().flatten()[:1].tolist()]
+    raw = loader.raw(index)
+    logits, feats = method.student.features(loader.normalize(raw).contiguous(memory_format=torch.channels_last))
+    rows = [("classifier", logits, feats)]
+    if hasattr(method, "teacher"):
+        rows.append(("self-teacher", *method.teacher(feats)))
+
+    margin, header, gap = 150, 24, 4
+    width = margin + (1 + len(feats)) * (cell + gap)
+    picture = Image.new("RGB", (width, header + len(index) * (len(rows) * (cell + gap) + gap)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for k, title in enumerate(["input"] + [f"block {i + 1}" for i in range(len(feats))]):
+        draw.text((margin + k * (cell + gap), 5), title, "black", font)
+    shades = torch.tensor([[0.0, 0, 0.4], [0, 0.3, 1], [0, 0.9, 0.9], [1, 0.9, 0], [0.8, 0, 0]]).T[None]  # (1, 3, 5)
+    palette = F.interpolate(shades, 256, mode="linear", align_corners=True)[0].T  # (256, 3), blue to red
+    y = header
+    for n, i in enumerate(index):
+        resized = F.interpolate(raw[n : n + 1].float().cpu() / 255, (cell, cell), mode="bilinear", antialias=True)[0]
+        for name, row_logits, maps in rows:
+            truth, predicted = (loaded.classes[c] for c in (loader.split.labels[i], row_logits[n].argmax()))
+            draw.text((4, y + 30), f"{truth[:20]}\n\n{name}\nsays {predicted[:16]}", "black", font)
+            tiles = [resized]
+            for feat in maps:
+                heat = frskd.attention_map(feat[n : n + 1]).cpu().view(1, 1, *feat.shape[-2:])
+                heat = F.interpolate(heat, (cell, cell), mode="bilinear")[0, 0]
+                heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)
+                tiles.append(0.35 * resized.mean(0) + 0.65 * palette[(255 * heat).long()].permute(2, 0, 1))
+            for k, tile in enumerate(tiles):
+                tile = Image.fromarray((tile * 255).byte().permute(1, 2, 0).numpy())
+                picture.paste(tile, (margin + k * (cell + gap), y))
+            y += cell + gap
+        y += gap
+    write_atomically(path, lambda file: picture.save(file, format="png"))
+
+
+def print_table(folder):
+    """Mean and standard deviation over seeds of the runs below a folder, laid out as Table 1, in markdown."""
+    groups, unfinished = {}, []
+    for path in sorted(Path(folder).glob("*/args.json")):
+        args = json.loads(path.read_text())
+        log_file = path.with_name("log.jsonl")
+        log = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
+        if len(log) < args["epochs"]:
+            unfinished.append(f"- {path.parent}: {len(log)} of {args['epochs']} epochs")
+            continue
+        where = f" ({Path(args['data_dir']).resolve().name})" if args["dataset"] == "folder" else ""
+        column = f"{args['dataset']}{where} {args['arch']}"
+        groups.setdefault(args["name"], {}).setdefault(column, []).append((log[-1]["top1"], max(e["top1"] for e in log)))
+    if not groups and not unfinished:
+        raise UserError(f"--table {folder}: no run below this folder (a run has an args.json)")
+    columns = sorted({column for row in groups.values() for column in row})
+    print("Top-1 accuracy in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
+    print("| method |" + "".join(f" {column} |" for column in columns))
+    print("|---|" + "---|" * len(columns))
+    for name in sorted(groups, key=lambda name: (not name.startswith("baseline"), name)):
+        cells = [cell(groups[name].get(column, [])) for column in columns]
+        print(f"| {name} |" + "".join(f" {c} |" for c in cells))
+    if unfinished:
+        print("\nUnfinished, not averaged:\n" + "\n".join(unfinished))
+
+
+def cell(runs):
+    """[(last, best), ...], one a seed -> 73.27 ± 0.45 (73.40 ± 0.41), n = 3; empty where nobody measured."""
+    if not runs:
+        return ""
+
+    def spread(values):
+        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{deviation}"
+
+    last, best = zip(*runs)
+    return f"{spread(last)} ({spread(best)}), n = {len(runs)}"
+
+
+# ----------------------------------------------------------------------------------------------------- parser
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, meaning, above=False):
+    """An argparse type: a number of at least `low`, or above it."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}") from None
+        if not (value > low if above else value >= low) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1, "a whole number of at least 1")
+NOT_NEGATIVE = number(float, 0, "a number of at least 0")
+POSITIVE = number(float, 0, "a number above 0", above=True)
+
+
+def recipe_values(key):
+    """What each recipe says of a value, for --help: "2 shapes, cifar100; 1 folder above 64 px"."""
+    by_value = {}
+    for name, recipe in RECIPES.items():
+        by_value.setdefault(recipe[key], []).append(name)
+    return "; ".join(f"{v:g} {', '.join(names)}" if not isinstance(v, str) else f"{v} {', '.join(names)}" for v, names in by_value.items())
+
+
+def parser():
+    p = Parser(
+        prog="train.py",
+        description="Train an image classifier with FRSKD. Every value not given is the data set's recipe.",
+        allow_abbrev=False,
+        argument_default=None,
+    )
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=["shapes", "cifar100", "folder"], help="shapes: drawn in memory; cifar100: the official archive; folder: train/<class>/* and val/ or test/ (default shapes)")
+    g.add_argument("--data-dir", help="the folder that holds the data set: cifar-100-python/, or train/ (default data)")
+    g.add_argument("--download", action="store_const", const=True, help="fetch cifar100 where it is missing")
+    g.add_argument("--image-size", type=number(int, 8, "a size of at least 8 pixels"), help="side in pixels; up to 64 trains with the CIFAR stem, pad-crop and flip, above with the ImageNet stem and random resized crops (default 32; folder: as its images up to 64 px, else 224)")
+    g.add_argument("--per-class", type=COUNT, metavar="N", help="train on the first N images of each class (default: all)")
+
+    g = p.add_argument_group("network")
+    g.add_argument("--arch", help=f"resnet18, resnet34, wrn16_2, wrn<depth>_<width>, or any name in torchvision.models with --blocks (default {recipe_values('arch')})")
+    g.add_argument("--blocks", type=lambda text: text.split(","), metavar="A,B,...", help="names of the modules whose outputs are F_1..F_n, shallow to deep, for a network of torchvision.models")
+
+    g = p.add_argument_group("method")
+    g.add_argument("--method", choices=list(METHODS), help="frskd, or baseline: plain cross-entropy (default frskd)")
+    g.add_argument("--alpha", type=NOT_NEGATIVE, help=f"weight of the soft-label loss L_KD; larger trusts the self-teacher more, 0 is without (default {recipe_values('alpha')}: Sec. 4.1)")
+    g.add_argument("--beta", type=NOT_NEGATIVE, help=f"weight of the feature loss L_F; 0 is FRSKD\\F (default {recipe_values('beta')}: Sec. 4.1)")
+    g.add_argument("--temperature", type=POSITIVE, help="K of L_KD; larger softens both distributions (default 4: Sec. 4.1)")
+    g.add_argument("--teacher", choices=["bifpnc", "bifpn"], help="bifpnc: as wide as --width times the network's stages; bifpn: --channels at every level (default bifpnc: Sec. 3.1)")
+    g.add_argument("--width", type=COUNT, help="w of bifpnc; 1 is the cheaper teacher of Table 6 (default 2: Sec. 4.1)")
+    g.add_argument("--channels", type=COUNT, help="width of bifpn; Table 6 has 128 and 256 (default 256)")
+
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=COUNT, help=f"(default {recipe_values('epochs')}: Sec. 4.1, shapes ours)")
+    g.add_argument("--milestones", type=lambda text: [COUNT(t) for t in text.split(",")], metavar="A,B,...", help="epochs after which the learning rate is divided by 10 (default 1/2 and 3/4 of --epochs: Sec. 4.1)")
+    g.add_argument("--batch-size", type=COUNT, help=f"(default {recipe_values('batch_size')}: Sec. 4.1, shapes ours)")
+    g.add_argument("--lr", type=POSITIVE, help="initial learning rate of SGD (default 0.1: Sec. 4.1)")
+    g.add_argument("--momentum", type=NOT_NEGATIVE, help="(default 0.9, not Nesterov: the authors' code, the paper is silent)")
+    g.add_argument("--weight-decay", type=NOT_NEGATIVE, help="on every parameter; 5e-4 is common elsewhere (default 1e-4: Sec. 4.1)")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=number(int, 0, "a whole number of at least 0"), help="of initialisation, order and augmentation (default 0)")
+    g.add_argument("--workers", type=number(int, 0, "a whole number of at least 0"), help="processes that decode images above 64 px; changes no number (default 2)")
+    g.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
+    g.add_argument("--amp", action="store_const", const=True, help="bfloat16 autocast; losses stay in float32")
+    g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the method (BACKEND: inductor)")
+    g.add_argument("--output", metavar="DIR", help="folder of the run (default runs/<dataset>-<arch>-<name>-s<seed>)")
+    g.add_argument("--overwrite", action="store_const", const=True, help="replace the run that the folder holds")
+    g.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue from a run folder or its last.pt; without PATH from --output, afresh where it holds no checkpoint")
+    g.add_argument("--attention", type=COUNT, nargs="*", metavar="EPOCH", help="draw attention-<epoch>.png after these epochs (default attention.png at the end)")
+
+    g = p.add_argument_group("instead of training")
+    g.add_argument("--eval", metavar="FILE", help="evaluate a last.pt or student.pt; with --attention draw its maps instead")
+    g.add_argument("--table", metavar="DIR", help="print the results of the runs below a folder as a markdown table")
+    return p
+
+
+def check_options(given):
+    """Options that do not go together, refused before any data is read."""
+    dataset, arch, method = given.get("dataset", "shapes"), given.get("arch"), given.get("method", "frskd")
+    teacher = given.get("teacher", "bifpnc")
+
+    def refuse(keys, reason):
+        for key in keys:
+            if key in given:
+                raise UserError(f"--{key.replace('_', '-')} {reason}")
+
+    if method == "baseline":
+        refuse(TEACHER_OPTIONS, "has no effect with --method baseline, which has no teacher")
+    refuse(["channels"] if teacher == "bifpnc" else ["width"], f"has no effect with --teacher {teacher}")
+    if dataset == "shapes":
+        refuse(["data_dir"], "has no effect with --dataset shapes, which is drawn in memory")
+    if dataset != "cifar100":
+        refuse(["download"], f"has no effect with --dataset {dataset}")
+    if "resume" in given:
+        refuse(["overwrite"], "and --resume do not go together")
+    ours = arch is None or arch in ("resnet18", "resnet34") or re.fullmatch(r"wrn\d+_\d+", arch)
+    if ours:
+        refuse(["blocks"], "is for the networks of torchvision.models; --arch " + (arch or "of the recipe") + " has its own")
+    elif arch not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"--arch {arch}: neither resnet18, resnet34, wrn<depth>_<width> nor a name in torchvision.models")
+    elif "blocks" not in given:
+        raise UserError(f"--arch {arch} needs --blocks, the modules whose outputs are F_1..F_n, such as --blocks a,b,c")
+
+
+def check_values(args):
+    """Values that this machine or the schedule does not bear."""
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    if args.compile and args.compile not in torch._dynamo.list_backends(()):
+        raise UserError(f"--compile {args.compile}: no such backend, there are {', '.join(torch._dynamo.list_backends())}")
+    if args.compile == "inductor" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile needs a C++ compiler on a CPU: install g++ or leave it out")
+    if args.attention and max(args.attention) > args.epochs:
+        raise UserError(f"--attention {max(args.attention)} is after the last of {args.epochs} epochs")
+
+
+def run_training(given, argv):
+    """A fresh run, or one continued: -> exit status."""
+    checkpoint = None
+    if not given.get("resume"):  # fresh, or --resume without a path
+        check_options(given)
+        args = resolve(given)
+        args.name, args.argv = run_name(args), argv
+        args.output = args.output or f"runs/{args.dataset}-{args.arch}-{args.name}-s{args.seed}"
+        if "resume" in given and (Path(args.output) / "last.pt").exists():
+            given = given | dict(resume=args.output)
+    if given.get("resume"):
+        checkpoint = load_checkpoint(given["resume"])
+        args = continued(checkpoint["args"], given, argv)
+        origin = Path(given["resume"])
+        origin = origin if origin.is_dir() else origin.parent
+        args.output = given.get("output", str(origin))
+        if Path(args.output).resolve() != origin.resolve():
+            prepare_folder(args, overwrite=False)
+    check_values(args)
+    folder = Path(args.output)
+    if not checkpoint:
+        prepare_folder(args, overwrite=given.get("overwrite") or "resume" in given)
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+
+    with StopOnSignal() as stop:
+        try:
+            log = train(args, folder, checkpoint, stop)
+        except Stopped as stopped:
+            if (folder / "last.pt").exists():
+                print(f"\nstopped; continue with: python train.py --resume {shlex.quote(str(folder))}", file=sys.stderr)
+            else:
+                again = shlex.join([*argv, *["--overwrite"] * ("--overwrite" not in argv)])
+                print(f"\nstopped before the first checkpoint; start again with: python train.py {again}", file=sys.stderr)
+            return 128 + stopped.signum
+        except NonFinite as error:
+            print(f"train.py: error: {error}; {folder} keeps the last good checkpoint", file=sys.stderr)
+            return 1
+    print(result_line(args, log))
+    return 0
+
+
+def run_eval(given, argv):
+    """Evaluate a last.pt or a student.pt, or with --attention draw its maps; -> exit status."""
+    if "resume" in given or "overwrite" in given:
+        raise UserError("--eval goes with neither --resume nor --overwrite")
+    path = Path(given["eval"])
+    state = load_file(path)
+    draw = given.pop("attention", None) is not None
+    whole = isinstance(state, dict) and "method" in state and "args" in state
+    beside = path.with_name("args.json")
+    if whole:
+        args = continued(state["args"], given, argv)
+    elif beside.exists():
+        args = continued(json.loads(beside.read_text()), given, argv)
+    else:
+        check_options(given)
+        args = resolve(given)
+        args.name = run_name(args)
+    check_values(args)
+    loaded, _, loader = build_loaders(args)
+    if whole:
+        method = build_method(args, len(loaded.classes))
+        load_weights(method, state["method"], args)
+    else:
+        args.method = "baseline"  # only the plain network is in the file
+        method = build_method(args, len(loaded.classes))
+        load_weights(frskd.export(method.student), state, args)
+    if draw:
+        picture = Path(given.get("output", path.parent)) / "attention.png"
+        draw_attention(method, loader, loaded, picture)
+        print(picture)
+        return 0
+    autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
+    top1, top5 = evaluate(method.student, loader, autocast)
+    print(f"{args.dataset} {args.arch} {args.name} seed {args.seed}: top-1 {top1:.2f} top-5 {top5:.2f} ({path})")
+    return 0
+
+
+def main(argv=None):
+    """The command line; -> exit status: 0, 1 a number that is not finite, 2 a user's mistake, 130 and 143 signals."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    dashed = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
+    try:
+        given = {k: v for k, v in vars(parser().parse_args(dashed)).items() if v is not None}
+        if "table" in given:
+            print_table(given["table"])
+            return 0
+        return run_eval(given, argv) if "eval" in given else run_training(given, argv)
+    except (UserError, DataError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
