@@ -215,7 +215,7 @@ SHAPES = {
 def draw_shapes(per_class, size, seed):
     """Images of one shape each, somewhere, at some size, turned, before a background with crumbs of other shapes.
 
-    Colours and textures of shape and background are drawn alike, so neither says anything about the class.
+    Its colour is lighter than a dark background, darker than a bright one, and says nothing about its class.
     -> images uint8 (N, size, size, 3), labels int64 (N,), masks uint8 (N, size, size): 0 background, class + 1.
     """
     g = torch.Generator().manual_seed(seed)
@@ -231,7 +231,7 @@ def draw_shapes(per_class, size, seed):
 
         def texture():
             """A colour of its own, shaded by a coarse random pattern: (n, 3, fine, fine)."""
-            pattern = F.interpolate(uniform(-0.25, 0.25, 3, 5, 5), size=(fine, fine), mode="bicubic")
+            pattern = F.interpolate(uniform(-0.12, 0.12, 3, 5, 5), size=(fine, fine), mode="bicubic")
             return uniform(0.1, 0.9, 3, 1, 1) + pattern
 
         def inside(label, radius, limit):
@@ -245,13 +245,14 @@ def draw_shapes(per_class, size, seed):
             return mask
 
         image = texture()
-        for _ in range(4):  # crumbs
+        for _ in range(3):  # crumbs
             crumb = inside(torch.randint(len(SHAPES), (n,), generator=g), uniform(0.1, 0.2, 1, 1), 1.0)
             image = torch.where(crumb[:, None], texture(), image)
-        radius = uniform(0.3, 0.65, 1, 1)
+        radius = uniform(0.4, 0.75, 1, 1)
         mask = inside(label, radius, 1 - radius)
-        image = torch.where(mask[:, None], texture(), image)
-        image = F.avg_pool2d(image, 2) + 0.04 * torch.randn(n, 3, size, size, generator=g)
+        lighter = (image.mean((1, 2, 3), keepdim=True) < 0.5).float()  # than a dark background, else darker
+        image = torch.where(mask[:, None], (texture() + lighter) / 2, image)
+        image = F.avg_pool2d(image, 2) + 0.02 * torch.randn(n, 3, size, size, generator=g)
         images.append((image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous())
         covered = F.avg_pool2d(mask[:, None].float(), 2)[:, 0] >= 0.5
         masks.append((covered * (label + 1).view(-1, 1, 1)).byte())
@@ -376,6 +377,7 @@ class WorkerLoader(Loader):
             persistent_workers=workers > 0,
             pin_memory=torch.device(self.device).type == "cuda",
             worker_init_fn=init_worker,
+            generator=torch.Generator(),  # else it draws from the global generator, which dropout reads
         )
 
     def epoch(self, epoch=0):

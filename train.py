@@ -44,7 +44,7 @@ COMMON = dict(  # Sec. 4.1; momentum: the paper is silent, 0.9 is the authors' c
 CIFAR = COMMON | dict(arch="resnet18", image_size=32, alpha=2.0, beta=100.0, batch_size=128, epochs=200)
 FGVR = COMMON | dict(arch="resnet18", image_size=224, alpha=1.0, beta=200.0, batch_size=32, epochs=200)
 RECIPES = {
-    "shapes": CIFAR | dict(arch="wrn16_2", batch_size=64, epochs=8),  # ours: short enough for two CPU cores
+    "shapes": CIFAR | dict(arch="wrn16_2", lr=0.05, batch_size=32, epochs=8),  # ours: short enough for two CPU cores
     "cifar100": CIFAR,  # Sec. 4.1
     "folder up to 64 px": CIFAR,
     "folder above 64 px": FGVR,  # Sec. 4.1, fine-grained visual recognition
@@ -91,7 +91,7 @@ def resolve(given):
     if "milestones" not in given:
         args.milestones = default_milestones(args.epochs)
     if args.milestones != sorted(set(args.milestones)):
-        raise UserError(f"--milestones {commas(args.milestones)}: the epochs must increase")
+        raise UserError(f"--milestones {text(args.milestones)}: the epochs must increase")
     return args
 
 
@@ -113,12 +113,15 @@ def run_name(args):
     for key, tag in TAGS.items():
         value = getattr(args, key)
         if value != defaults[key] and key not in ignored:
-            name += f"-{tag}{commas(value) if isinstance(value, list) else format(value, 'g')}"
+            name += f"-{tag}{text(value)}"
     return name + "-amp" * args.amp
 
 
-def commas(values):
-    return ",".join(str(v) for v in values)
+def text(value):
+    """A value as one would type it."""
+    if isinstance(value, list):
+        return ",".join(text(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # ----------------------------------------------------------------------------------------- networks and methods
@@ -208,32 +211,31 @@ def train(args, folder, checkpoint, stop):
         method.train()
         lr = optimizer.param_groups[0]["lr"] = args.lr / 10 ** sum(epoch >= m for m in args.milestones)
         meter, waited, began = Meter(method, epoch), 0.0, time.perf_counter()
-        bar = tqdm(total=len(train_loader), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, mininterval=interval())
-        batches = train_loader.epoch(epoch)
-        for step in range(len(train_loader)):
-            asked = time.perf_counter()
-            x, y = next(batches)
-            waited += time.perf_counter() - asked
-            with autocast:  # the last, smaller batch runs uncompiled: compiling for its shape would cost more
-                terms, logits = (compiled if len(x) == args.batch_size else method)(x, y)
-            optimizer.zero_grad()
-            sum(terms.values()).backward()
-            optimizer.step()
-            meter.update(terms, logits, y)
-            if step % 50 == 49:
-                bar.set_postfix({name: f"{value:.3g}" for name, value in meter.read().items()})
-            bar.update()
-            stop.check()
+        bar = progress_bar(len(train_loader), f"epoch {epoch + 1}/{args.epochs}")
+        with bar:
+            asked = began
+            for step, (x, y) in enumerate(train_loader.epoch(epoch)):
+                waited += time.perf_counter() - asked
+                with autocast:  # the last, smaller batch runs uncompiled: compiling for its shape would cost more
+                    terms, logits = (compiled if len(x) == args.batch_size else method)(x, y)
+                optimizer.zero_grad()
+                sum(terms.values()).backward()
+                optimizer.step()
+                meter.update(terms, logits, y)
+                if step % 50 == 49:
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in meter.read().items()})
+                bar.update()
+                stop.check()
+                asked = time.perf_counter()
         means = meter.read()
         seconds = time.perf_counter() - began
-        bar.close()
         top1, top5 = evaluate(method.student, test_loader, autocast, stop)
         log.append(
             dict(epoch=epoch + 1, lr=lr, **means, top1=top1, top5=top5)
             | dict(images_per_s=len(loaded.train) / seconds, seconds=seconds, data_wait=waited)
         )
         print(summary(log[-1], args.epochs), flush=True)
-        append_line(folder / "log.jsonl", log[-1])
+        write_log(folder, log)
         save_checkpoint(folder, method, optimizer, epoch + 1, args, log)
         if args.attention and epoch + 1 in args.attention:
             draw_attention(method, test_loader, loaded, folder / f"attention-{epoch + 1}.png")
@@ -319,9 +321,9 @@ class StopOnSignal:
             raise Stopped(self.signum)
 
 
-def interval():
-    """Seconds between two updates of a progress bar: seldom where it goes into a file."""
-    return 0.5 if sys.stderr.isatty() else 30
+def progress_bar(steps, title):
+    """Gone when it is closed; seldom redrawn where it goes into a file."""
+    return tqdm(total=steps, desc=title, leave=False, mininterval=0.1 if sys.stderr.isatty() else 5)
 
 
 def summary(entry, epochs):
@@ -374,16 +376,15 @@ def write_run(folder, args, loaded, log):
     values = {k: v for k, v in vars(args).items() if k != "argv"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "args.json", lambda file: file.write(json.dumps(values | about, indent=1).encode()))
-        lines = "".join(json.dumps(entry) + "\n" for entry in log)
-        write_atomically(folder / "log.jsonl", lambda file: file.write(lines.encode()))
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    write_atomically(folder / "args.json", lambda file: file.write(json.dumps(values | about, indent=1).encode()))
+    write_log(folder, log)
 
 
-def append_line(path, entry):
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+def write_log(folder, log):
+    lines = "".join(json.dumps(entry) + "\n" for entry in log)
+    write_atomically(folder / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 def write_atomically(path, write):
@@ -395,12 +396,15 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}") from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder, method, optimizer, epoch, args, log):
-    """last.pt, everything to resume; then student.pt, the plain network."""
+    """last.pt, everything to resume, the log included; then student.pt, the plain network."""
     checkpoint = dict(
         args=saved_args(args), epoch=epoch, method=method.state_dict(), optimizer=optimizer.state_dict(), log=log
     )
@@ -410,7 +414,7 @@ def save_checkpoint(folder, method, optimizer, epoch, args, log):
 
 
 def saved_args(args):
-    return {k: v for k, v in vars(args).items() if k not in ("argv", "output", "resume", "eval")}
+    return {k: v for k, v in vars(args).items() if k not in ("output", "overwrite", "resume", "eval")}
 
 
 def load_file(path):
@@ -434,7 +438,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def continued(saved, given, argv):
+def continued(saved, given):
     """The values of a checkpoint, and what the command line may change of them; anything else is refused by name."""
     args = SimpleNamespace(**saved)
     for key, value in given.items():
@@ -444,9 +448,10 @@ def continued(saved, given, argv):
         if key == "epochs" and value < args.epochs:
             raise UserError(f"--epochs {value} is less than the checkpoint's {args.epochs}")
         if key not in (*MAY_DIFFER, "epochs") and value != getattr(args, key):
-            raise UserError(f"{option} {value} differs from the checkpoint's {getattr(args, key)}: leave it out")
+            raise UserError(f"{option} {text(value)} differs from the checkpoint's {text(getattr(args, key))}: leave it out")
+        if key == "epochs" and value > args.epochs:
+            args.argv = [*args.argv, "--epochs", str(value), "--milestones", text(args.milestones)]
         setattr(args, key, value)
-    args.argv = argv
     args.name = run_name(args)
     return args
 
@@ -694,7 +699,7 @@ def run_training(given, argv):
             given = given | dict(resume=args.output)
     if given.get("resume"):
         checkpoint = load_checkpoint(given["resume"])
-        args = continued(checkpoint["args"], given, argv)
+        args = continued(checkpoint["args"], given)
         origin = Path(given["resume"])
         origin = origin if origin.is_dir() else origin.parent
         args.output = given.get("output", str(origin))
@@ -725,7 +730,7 @@ def run_training(given, argv):
     return 0
 
 
-def run_eval(given, argv):
+def run_eval(given):
     """Evaluate a last.pt or a student.pt, or with --attention draw its maps; -> exit status."""
     if "resume" in given or "overwrite" in given:
         raise UserError("--eval goes with neither --resume nor --overwrite")
@@ -735,9 +740,9 @@ def run_eval(given, argv):
     whole = isinstance(state, dict) and "method" in state and "args" in state
     beside = path.with_name("args.json")
     if whole:
-        args = continued(state["args"], given, argv)
+        args = continued(state["args"], given)
     elif beside.exists():
-        args = continued(json.loads(beside.read_text()), given, argv)
+        args = continued(json.loads(beside.read_text()), given)
     else:
         check_options(given)
         args = resolve(given)
@@ -771,7 +776,7 @@ def main(argv=None):
         if "table" in given:
             print_table(given["table"])
             return 0
-        return run_eval(given, argv) if "eval" in given else run_training(given, argv)
+        return run_eval(given) if "eval" in given else run_training(given, argv)
     except (UserError, DataError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,1002 @@
+"""The paper and the promises of the README as executable statements. Run: pytest
+
+Each test is one claim. Values that a test compares with were worked out by hand or stand in the paper.
+"""
+
+import ast
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+import frskd
+import train
+
+HERE = Path(__file__).parent
+TINY = "--arch wrn10_1 --image-size 16 --per-class 8 --batch-size 16 --device cpu".split()
+
+
+def main(*argv):
+    """train.py in this process; arguments are strings or lists of them."""
+    return train.main([a for arg in argv for a in ([str(arg)] if not isinstance(arg, list) else map(str, arg))])
+
+
+def shown(err):
+    """What a terminal is left with: a progress bar ends in a carriage return, and what follows overwrites it."""
+    return [line.rsplit("\r", 1)[-1] for line in err.strip().split("\n")]
+
+
+def refused(capsys, *argv):
+    """The one line that a user's mistake gets: status 2, nothing else on stderr, no traceback."""
+    capsys.readouterr()
+    assert main(*argv) == 2
+    lines = shown(capsys.readouterr().err)
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: ")
+    return lines[0]
+
+
+def frskd_method(num_classes=5, student=None, **kwargs):
+    torch.manual_seed(0)
+    student = student or frskd.WideResNet(10, 1, num_classes)
+    return frskd.FRSKD(student, frskd.BiFPNc(student.channels, num_classes), **kwargs)
+
+
+def batch(n=4, size=16, num_classes=5):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, size, size, generator=g), torch.randint(num_classes, (n,), generator=g)
+
+
+def gradients(module, loss):
+    """Names of the parameters of a module that a loss reaches with a gradient that is not zero."""
+    module.zero_grad()
+    loss.backward()
+    return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+# -------------------------------------------------------------------------- Sec. 3.1: the self-teacher network
+
+
+def test_self_teacher_costs_what_table_6_says():
+    """Table 6: parameters and FLOPs over the classifier's."""
+    paper = [(0.30, 0.67), (0.97, 2.38), (0.19, 0.21), (0.59, 0.68)]
+    measured = [number for row in frskd.table6() for number in row[2:4]]
+    assert measured == pytest.approx([number for row in paper for number in row], abs=0.01)
+
+
+def test_bifpnc_runs_with_15_percent_fewer_flops_than_in_the_papers_order():
+    """The 1x1 convolution before upsampling works on a quarter of the positions."""
+    *_, flops, executed = frskd.table6()[3]
+    assert executed < 0.85 * flops
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_1x1_convolution_commutes_with_upsampling(mode):
+    """Outputs and gradients are those of the paper's order, to rounding, at odd sizes too."""
+    feats = [torch.randn(2, c, h, w).double() for c, h, w in [(4, 17, 23), (6, 9, 12), (10, 5, 6)]]
+    results = []
+    for conv_first in (True, False):
+        torch.manual_seed(0)
+        teacher = frskd.BiFPNc([4, 6, 10], 3, upsample_mode=mode, conv_first=conv_first).double()
+        inputs = [f.clone().requires_grad_() for f in feats]
+        logits, feats_t = teacher(inputs)
+        (logits.square().sum() + sum(t.square().sum() for t in feats_t)).backward()
+        tensors = [logits, *feats_t, *(x.grad for x in inputs), *(p.grad for p in teacher.parameters())]
+        results.append(tensors)
+    for ours, paper in zip(*results):
+        assert_close(ours, paper, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "build, size, params",
+    [(frskd.BiFPN, 128, 209773), (frskd.BiFPN, 256, 681581), (frskd.BiFPNc, 1, 134317), (frskd.BiFPNc, 2, 411885)],
+)
+def test_self_teacher_has_two_sets_of_laterals_and_two_convolutions_a_node(build, size, params):
+    """One shared set, or one separable convolution a node, gives other counts."""
+    assert sum(p.numel() for p in build([32, 64, 128], 100, size).parameters()) == params
+
+
+def test_width_of_the_self_teacher_is_w_times_the_students():
+    """Sec. 3.1: d_i = w x c_i; appendix: 64, 128, 256 for WRN-16-2 at w = 2."""
+    student = frskd.wrn16_2(100)
+    _, feats_t = frskd.BiFPNc(student.channels, 100)(student.features(torch.zeros(2, 3, 32, 32))[1])
+    assert [tuple(t.shape) for t in feats_t] == [(2, 64, 32, 32), (2, 128, 16, 16), (2, 256, 8, 8)]
+
+
+def test_fast_normalized_fusion_by_hand():
+    """relu(w) / (sum + 1e-4): a negative weight takes no part."""
+    maps = list(torch.eye(3))
+    assert_close(frskd.fused_sum(torch.tensor([2.0, -1, 3]), maps), torch.tensor([0.399992, 0, 0.599988]), atol=1e-6, rtol=0)
+    assert_close(frskd.fused_sum(torch.ones(2), maps[:2])[:2], torch.tensor([0.499975, 0.499975]), atol=1e-6, rtol=0)
+
+
+def test_resize_is_bilinear_up_and_max_pooling_down():
+    """Sec. 3.1. 4x4 filled 0..15, 3x3 windows of stride 2 with symmetric padding: 5, 7, 13, 15."""
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert frskd.downsample(x, (2, 2)).flatten().tolist() == [5, 7, 13, 15]
+    up = frskd.upsample(torch.tensor([[[[0.0, 4.0]]]]), (1, 4))
+    assert up.flatten().tolist() == [0, 1, 3, 4]
+
+
+def test_first_node_is_top_down_and_last_node_has_no_top_down_input():
+    """Figure 2: T_1 = P_1, which reads P_2; T_n reads L_n and T_{n-1} only."""
+    teacher = frskd.BiFPNc([4, 6, 8, 10], 3)
+    assert [len(w) for w in teacher.top_down_weights] == [2, 2, 2]
+    assert [len(w) for w in teacher.bottom_up_weights] == [3, 3, 2]
+    feats = [torch.randn(2, c, s, s) for c, s in zip(teacher.channels, (16, 8, 4, 2))]
+    _, feats_t = teacher(feats)
+    assert gradients(teacher, feats_t[0].sum() + feats_t[0].square().sum()).isdisjoint(
+        name for name, _ in teacher.named_parameters() if name.startswith(("bottom_up", "down", "lateral2"))
+    )
+
+
+def test_self_teacher_takes_any_size_of_map():
+    """33x47 images: each map is resized to its neighbour's size."""
+    terms, logits = frskd_method()(torch.randn(2, 3, 33, 47), torch.tensor([0, 1]))
+    assert logits.shape == (2, 5) and all(t.isfinite() for t in terms.values())
+
+
+@pytest.mark.parametrize("build", [lambda: frskd.resnet18(5, stem="cifar"), lambda: frskd.WideResNet(16, 1, 5)])
+def test_maps_are_the_relu_of_their_preactivation_on_both_sides(build):
+    student = build()
+    logits, feats, pre = student.features(batch()[0], preact=True)
+    _, feats_t, pre_t = frskd.BiFPNc(student.channels, 5)(feats, preact=True)
+    assert all(torch.equal(f, F.relu(p)) for f, p in zip(feats + feats_t, pre + pre_t))
+    assert all((p < 0).any() for p in pre + pre_t)
+
+
+def test_self_teacher_refuses_maps_it_was_not_built_for():
+    with pytest.raises(ValueError, match="2 feature maps, got 1"):
+        frskd.BiFPNc([4, 8], 3)([torch.randn(2, 4, 8, 8)])
+
+
+# ---------------------------------------------------------------------------- Sec. 3.2: self-feature distillation
+
+
+def test_attention_transfer_by_hand():
+    """Eq. 3, mean over positions of the squared difference; channels may differ in number."""
+    feat = (torch.arange(1, 17) / 10).view(1, 4, 2, 2)
+    feat_t = (torch.arange(32, 0, -1) / 10).view(1, 8, 2, 2)
+    assert_close(frskd.attention_map(feat)[0], torch.tensor([0.361569, 0.440171, 0.529253, 0.628815]), atol=1e-6, rtol=0)
+    assert_close(frskd.attention_map(feat_t)[0], torch.tensor([0.567612, 0.518920, 0.473010, 0.429883]), atol=1e-6, rtol=0)
+    assert frskd.attention_transfer([feat], [feat_t]).item() == pytest.approx(0.0228482, abs=1e-6)
+    assert frskd.attention_transfer([feat] * 2, [feat_t] * 2).item() == pytest.approx(2 * 0.0228482, abs=1e-6)
+
+
+def test_attention_transfer_sees_places_not_scale_nor_channels():
+    """phi is l2-normalised: scale and the order of channels do not count, the place of the energy does."""
+    f = torch.rand(3, 6, 4, 5)
+    assert frskd.attention_transfer([f], [7 * f.flip(1)]).item() == pytest.approx(0, abs=1e-9)
+    one_hot = torch.eye(4).view(4, 1, 2, 2)
+    assert frskd.attention_transfer([one_hot[:1]], [one_hot[1:2]]).item() == 0.5  # the bound 2 / (H W)
+
+
+def test_all_zero_map_gives_no_nan():
+    f = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    frskd.attention_transfer([f], [torch.rand(1, 2, 3, 3)]).backward()
+    assert torch.equal(frskd.attention_map(f), torch.zeros(1, 9)) and f.grad.isfinite().all()
+
+
+def test_attention_transfer_refuses_maps_of_other_sizes():
+    with pytest.raises(ValueError, match="differ in size"):
+        frskd.attention_transfer([torch.rand(1, 2, 4, 4)], [torch.rand(1, 2, 2, 2)])
+
+
+@pytest.mark.parametrize("temperature, value", [(1, 0.742033), (4, 0.814283)])
+def test_soft_label_distillation_by_hand(temperature, value):
+    """Eq. 4 as the authors compute it: KL(teacher || student) times K^2. Literally it would be 0.053029 at K = 4."""
+    student, teacher = torch.tensor([[0.0, 1, -1]]).double(), torch.tensor([[2.0, 0, 0]]).double()
+    assert frskd.soft_label_distillation(student, teacher, temperature).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_soft_label_distillation_is_summed_over_classes_and_averaged_over_the_batch():
+    student, teacher = torch.tensor([[0.0, 1, -1], [2, 0, 0]]).double(), torch.tensor([[2.0, 0, 0], [0, 0, 1]]).double()
+    assert frskd.soft_label_distillation(student, teacher).item() == pytest.approx(0.813562, abs=1e-6)
+
+
+def test_gradient_of_the_soft_label_loss_by_hand():
+    student = torch.tensor([[0.0, 1, -1]], requires_grad=True)
+    frskd.soft_label_distillation(student, torch.tensor([[2.0, 0, 0]])).backward()
+    assert_close(student.grad, torch.tensor([[-0.5015, 0.5806, -0.0792]]), atol=1e-4, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------- Eq. 5: gradients
+
+
+def test_distillation_updates_the_student_only():
+    """Sec. 3.2: L_KD and L_F are "only applied to the student network"."""
+    method = frskd_method()
+    for name in ("kd", "feat"):
+        terms, _ = method(*batch())
+        reached = gradients(method, terms[name])
+        assert reached and all(p.startswith("student") for p in reached)
+
+
+def test_cross_entropy_of_the_self_teacher_trains_the_backbone():
+    """The teacher's inputs are not detached, so alpha = beta = 0 is not the baseline."""
+    method = frskd_method(alpha=0, beta=0)
+    terms, _ = method(*batch())
+    assert set(terms) == {"ce", "ce_t"}
+    reached = gradients(method, terms["ce_t"])
+    assert "student.conv1.weight" in reached and "student.fc.weight" not in reached
+    assert {"teacher." + name for name, _ in method.teacher.named_parameters()} <= reached
+
+
+def test_baseline_has_no_teacher():
+    method = frskd.Baseline(frskd.WideResNet(10, 1, 5))
+    terms, _ = method(*batch())
+    assert list(terms) == ["ce"] and all(name.startswith("student") for name, _ in method.named_modules() if name)
+
+
+def test_terms_are_weighted_and_sum_to_the_loss():
+    """Eq. 5, against the losses computed one by one."""
+    method, (x, y) = frskd_method(alpha=3, beta=70), batch()
+    terms, logits = method(x, y)
+    student, feats = method.student.features(x)
+    teacher, feats_t = method.teacher(feats)
+    expected = F.cross_entropy(student, y) + F.cross_entropy(teacher, y)
+    expected += 3 * frskd.soft_label_distillation(student, teacher, 4) + 70 * frskd.attention_transfer(feats, feats_t)
+    assert_close(sum(terms.values()), expected)
+    assert_close(logits, student.detach())
+    assert not logits.requires_grad
+
+
+def test_beta_zero_computes_no_feature_loss():
+    """FRSKD\\F: soft labels only."""
+    terms, _ = frskd_method(beta=0)(*batch())
+    assert list(terms) == ["ce", "ce_t", "kd"]
+
+
+def test_soft_labels_are_accepted():
+    method, (x, y) = frskd_method(), batch()
+    hard, soft = method(x, y)[0], method(x, F.one_hot(y, 5).float())[0]
+    assert_close(hard, soft)
+
+
+def test_losses_are_float32_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms, logits = frskd_method()(*batch())
+    assert logits.dtype == torch.bfloat16 and {t.dtype for t in terms.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kwargs", [dict(alpha=-1), dict(beta=-1), dict(temperature=0)])
+def test_weights_out_of_range_are_refused(kwargs):
+    with pytest.raises(ValueError):
+        frskd_method(**kwargs)
+
+
+def test_sixteen_images_can_be_learnt_by_heart():
+    """`ce` and `ce_t` fall below a tenth of their first value."""
+    method, (x, y) = frskd_method(), batch(16)
+    optimizer = torch.optim.SGD(method.parameters(), 0.02, momentum=0.9)
+    history = []
+    for _ in range(80):
+        terms, _ = method(x, y)
+        history.append({name: t.item() for name, t in terms.items()})
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+    assert all(history[-1][name] < 0.1 * history[0][name] for name in ("ce", "ce_t"))
+
+
+@pytest.mark.parametrize("name", ["kd", "feat"])
+def test_each_distillation_loss_alone_pulls_the_student_to_a_frozen_teacher(name):
+    torch.manual_seed(0)
+    student, (x, _) = frskd.WideResNet(10, 1, 5), batch(16)
+    logits_t = 3 * torch.randn(16, 5)
+    feats_t = [torch.rand(16, 2 * c, s, s) for c, s in zip(student.channels, (16, 8, 4))]
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
+    values = []
+    for _ in range(30):
+        logits, feats = student.features(x)
+        kd = frskd.soft_label_distillation(logits, logits_t)
+        loss = kd if name == "kd" else 100 * frskd.attention_transfer(feats, feats_t)
+        values.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert values[-1] < 0.7 * values[0]
+
+
+# -------------------------------------------------------------------------------------------------- the students
+
+
+@pytest.mark.parametrize(
+    "build, params",
+    [
+        (lambda: frskd.wrn16_2(100), 703284),
+        (lambda: frskd.resnet18(100, stem="cifar"), 11220132),
+        (lambda: frskd.resnet34(100, stem="cifar"), 21328292),
+        (lambda: frskd.resnet18(1000), 11689512),
+    ],
+)
+def test_students_have_the_standard_number_of_parameters(build, params):
+    assert sum(p.numel() for p in build().parameters()) == params
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_resnet_is_torchvisions_bit_for_bit(mode):
+    torch.manual_seed(0)
+    ours, theirs = frskd.resnet18(7), torchvision.models.resnet18(num_classes=7)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(3, 3, 64, 64)
+    assert torch.equal(getattr(ours, mode)()(x), getattr(theirs, mode)()(x))
+
+
+def test_resnet_starts_from_torchvisions_initialisation():
+    torch.manual_seed(0)
+    ours = frskd.resnet18(7).state_dict()
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_wrn_maps_are_what_both_branches_of_the_next_stage_read():
+    student, seen = frskd.WideResNet(16, 2, 5), []
+    for layer in (student.layer2[0].conv1, student.layer2[0].shortcut, student.layer3[0].conv1, student.layer3[0].shortcut):
+        layer.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    _, feats = student.features(batch()[0])
+    assert [id(x) for x in seen] == [id(feats[0])] * 2 + [id(feats[1])] * 2
+
+
+def test_wrn_depth_must_be_6k_plus_4():
+    with pytest.raises(ValueError, match="6 k"):
+        frskd.WideResNet(17, 2, 5)
+
+
+def test_adapter_gives_the_outputs_of_the_named_blocks():
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=5).eval()
+    student = frskd.Adapter(net, ["layer1", "layer3"], image_size=65).eval()
+    ours = frskd.resnet18(5).eval()
+    ours.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 65, 65)
+    logits, feats = student.features(x)
+    assert student.channels == [64, 256] and torch.equal(logits, net(x))
+    assert torch.equal(feats[0], ours.features(x)[1][0]) and torch.equal(feats[1], ours.features(x)[1][2])
+    assert frskd.export(student) is net and not any(m._forward_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    "blocks, message",
+    [
+        (["layer9"], "no block named 'layer9'; the network has conv1, bn1"),
+        (["layer2", "layer1"], "runs these blocks as"),
+        (["layer1", "fc"], "is not a \\(B, C, H, W\\) map"),
+        (["conv1", "bn1"], "overwrites the output of block 'bn1'"),
+    ],
+)
+def test_adapter_refuses_blocks_that_give_no_maps(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        frskd.Adapter(torchvision.models.resnet18(), blocks, image_size=64)
+
+
+def test_frskd_py_can_be_copied_alone(tmp_path):
+    """It imports torch and torchvision only, and one step runs on another code base's network."""
+    (tmp_path / "frskd.py").write_text((HERE / "frskd.py").read_text())
+    code = """
+import sys, torch, torch.nn as nn
+sys.modules["fvcore"] = None
+import frskd
+net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+student = frskd.Adapter(net, ["0", "1"], image_size=20)
+method = frskd.FRSKD(student, frskd.BiFPNc(student.channels, 5))
+terms, logits = method(torch.randn(2, 3, 20, 20), torch.tensor([0, 1]))
+sum(terms.values()).backward()
+print(*terms, *logits.shape)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.split() == ["ce", "ce_t", "kd", "feat", "2", "5"], run.stderr
+    tree = ast.parse((HERE / "frskd.py").read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    assert imported == {"torch", "torch.nn", "torch.nn.functional", "torchvision"}
+    assert not [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+
+
+# ------------------------------------------------------------------------------------------------- data sets
+
+
+def class_folders(root, per_class=8, size=16, classes=3, splits=("train", "test")):
+    """Drawn shapes as PNG class folders, as `--dataset folder` reads them."""
+    for k, split in enumerate(splits):
+        images, labels, _ = data.draw_shapes(per_class, size, seed=k)
+        for i in range(classes * per_class):
+            path = root / split / f"class{labels[i]}" / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i].numpy()).save(path)
+    return root
+
+
+def test_shapes_are_always_the_same_and_their_masks_name_the_class():
+    images, labels, masks = data.draw_shapes(3, 24, seed=5)
+    again, *_ = data.draw_shapes(3, 24, seed=5)
+    assert images.shape == (24, 24, 24, 3) and images.dtype == torch.uint8 and torch.equal(images, again)
+    assert labels.tolist() == [c for c in range(8) for _ in range(3)]
+    for label, mask in zip(labels, masks):
+        assert mask.unique().tolist() == [0, label + 1]
+
+
+def test_shapes_cannot_be_told_apart_by_their_colours():
+    """A linear classifier on mean and spread of the colours stays near chance, 1 in 8."""
+    images, labels, _ = data.draw_shapes(100, 16, seed=0)
+    x = images.flatten(1, 2).float() / 255
+    x = torch.cat([x.mean(1), x.std(1), torch.ones(len(x), 1)], 1)
+    weights = torch.linalg.lstsq(x[::2], F.one_hot(labels[::2]).float()).solution
+    assert ((x[1::2] @ weights).argmax(1) == labels[1::2]).float().mean() < 0.35
+
+
+def test_training_and_test_shapes_differ():
+    d = data.load("shapes", image_size=8)
+    assert len(d.train) == 2000 and len(d.test) == 800
+    seen = {image.numpy().tobytes() for image in d.train.images}
+    assert not any(image.numpy().tobytes() in seen for image in d.test.images)
+
+
+def test_per_class_takes_the_first_images_of_each_class_in_sorted_order(tmp_path):
+    class_folders(tmp_path, per_class=5)
+    d = data.load("folder", data_dir=tmp_path, image_size=72, per_class=2)
+    names = [str(Path(p).relative_to(tmp_path)) for p in d.train.images]
+    assert names == [f"train/class{c}/{5 * c + i:03}.png" for c in range(3) for i in range(2)]
+    assert d.train.labels.tolist() == [0, 0, 1, 1, 2, 2] and len(d.test) == 15
+
+
+def test_folder_prefers_val_to_test_and_says_which(tmp_path):
+    class_folders(tmp_path, splits=("train", "test"))
+    assert data.load("folder", data_dir=tmp_path).test_name == "test"
+    class_folders(tmp_path, per_class=3, splits=("val",))
+    d = data.load("folder", data_dir=tmp_path)
+    assert d.test_name == "val" and len(d.test) == 9
+
+
+def test_test_labels_follow_the_training_classes(tmp_path):
+    """A class that the test split lacks leaves the ids of the others as they are."""
+    class_folders(tmp_path)
+    for path in (tmp_path / "test/class0").iterdir():
+        path.unlink()
+    (tmp_path / "test/class0").rmdir()
+    assert set(data.load("folder", data_dir=tmp_path).test.labels.tolist()) == {1, 2}
+
+
+def test_images_of_any_mode_become_rgb_and_16_bits_are_refused(tmp_path):
+    for mode in ("L", "RGBA", "P", "CMYK", "1", "LA"):
+        path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+        Image.new(mode, (9, 7)).save(path)
+        assert data.read_image(path).mode == "RGB"
+    Image.new("I;16", (9, 7)).save(tmp_path / "deep.png")
+    with pytest.raises(data.DataError, match="deep.png.*16 bits"):
+        data.read_image(tmp_path / "deep.png")
+
+
+def test_cifar100_and_the_same_pixels_as_folders_give_the_same_numbers(tmp_path, monkeypatch):
+    """An archive in CIFAR-100's layout, its images shuffled, against class folders sorted by name."""
+    import hashlib
+    import pickle
+
+    archive, names = tmp_path / "cifar-100-python", ["apple", "baby", "worm"]
+    archive.mkdir()
+    files = {"meta": {"fine_label_names": names}}
+    for k, split in enumerate(("train", "test")):
+        images, labels, _ = data.draw_shapes(8, 32, seed=k)
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(k))
+        planes = images[order].permute(0, 3, 1, 2).flatten(1).numpy()
+        files[split] = {"data": planes, "fine_labels": labels[order].tolist()}
+        for i, j in enumerate(order.tolist()):
+            path = tmp_path / "folders" / split / names[labels[j]] / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[j].numpy()).save(path)
+    sums = {}
+    for name, content in files.items():
+        (archive / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((archive / name).read_bytes()).hexdigest()
+    cifar = torchvision.datasets.CIFAR100  # the real reader, told the checksums of this archive
+    monkeypatch.setattr(cifar, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(cifar, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": sums["meta"]})
+
+    options = "--arch wrn10_1 --per-class 6 --batch-size 8 --epochs 2 --device cpu".split()
+    for dataset, where in (("cifar100", tmp_path), ("folder", tmp_path / "folders")):
+        assert main("--dataset", dataset, "--data-dir", where, options, "--output", tmp_path / dataset) == 0
+    assert numbers(tmp_path / "cifar100") == numbers(tmp_path / "folder")
+
+
+# ----------------------------------------------------------------------------------- loaders and their randomness
+
+
+def device_loader(n=10, size=8, **kwargs):
+    images = torch.randint(256, (n, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kwargs = dict(train=True, batch_size=4, image_size=size, stats=((0, 0, 0), (1, 1, 1))) | kwargs
+    return images, data.make_loader(data.Split(images, torch.arange(n)), **kwargs)
+
+
+def test_small_images_are_cropped_from_a_zero_padding_of_4_and_flipped():
+    """Sec. 4.1: "random cropping and flipping". Each result is one of the 9 x 9 x 2 that its image can give."""
+    images, loader = device_loader(n=60)
+    flips = set()
+    for x, y in loader.epoch(3):
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        for result, i in zip((255 * x).round().byte(), y):
+            padded = F.pad(images[i].permute(2, 0, 1), (4, 4, 4, 4))
+            windows = [padded[:, t : t + 8, l : l + 8] for t in range(9) for l in range(9)]
+            plain, flipped = (any(torch.equal(result, v) for v in vs) for vs in (windows, [w.flip(2) for w in windows]))
+            assert plain or flipped
+            flips.add(flipped)
+    assert flips == {True, False}
+
+
+def test_test_images_are_only_normalised():
+    images, loader = device_loader(train=False, stats=((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    x = torch.cat([x for x, _ in loader.epoch()])
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    assert_close(x, expected)
+
+
+def test_an_epoch_depends_on_seed_and_epoch_alone():
+    def epoch(loader, e):
+        return torch.cat([torch.cat([x.flatten(1), y[:, None]], 1) for x, y in loader.epoch(e)])
+
+    first, second = device_loader(seed=1)[1], device_loader(seed=1)[1]
+    list(first.epoch(0))
+    assert torch.equal(epoch(first, 5), epoch(second, 5))
+    assert not torch.equal(epoch(first, 5), epoch(first, 6))
+    assert not torch.equal(epoch(first, 5), epoch(device_loader(seed=2)[1], 5))
+
+
+def test_every_image_is_seen_once_an_epoch_and_a_last_single_one_joins_the_batch_before():
+    _, loader = device_loader(n=9)
+    batches = [y for _, y in loader.epoch(0)]
+    assert [len(y) for y in batches] == [4, 5] and len(loader) == 2
+    assert sorted(torch.cat(batches).tolist()) == list(range(9))
+    assert [len(y) for _, y in device_loader(n=10)[1].epoch(0)] == [4, 4, 2]
+
+
+def test_large_images_do_not_depend_on_the_number_of_workers(tmp_path):
+    split = data.load("folder", data_dir=class_folders(tmp_path, size=90), image_size=72).train
+    epochs = []
+    for workers in (0, 1, 2):
+        loader = data.make_loader(split, train=True, batch_size=5, image_size=72, seed=3, workers=workers)
+        epochs.append([x for e in (0, 1) for x, _ in loader.epoch(e)])
+    assert epochs[0][0].shape == (5, 3, 72, 72) and epochs[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(epochs[0][0], epochs[0][5])
+    for other in epochs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(epochs[0], other))
+
+
+# -------------------------------------------------------------------------------------------------- train.py
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def numbers(folder):
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_s", "data_wait")} for entry in log_of(folder)]
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["method"]
+
+
+def name_of(*argv):
+    given = {k: v for k, v in vars(train.parser().parse_args(shlex.split(" ".join(argv)))).items() if v is not None}
+    return train.run_name(train.resolve(given))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One finished run of three epochs on drawn shapes, which several tests look at."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    assert main(TINY, "--epochs 3 --output".split(), folder) == 0
+    return folder
+
+
+def test_recipes_are_those_of_section_4_1():
+    """Sec. 4.1: SGD, lr 0.1, weight decay 1e-4, 200 epochs, /10 at 100 and 150, K = 4, w = 2."""
+    for dataset, alpha, beta, batch_size in (("cifar100", 2, 100, 128),):
+        args = train.resolve(dict(dataset=dataset))
+        assert (args.alpha, args.beta, args.batch_size) == (alpha, beta, batch_size)
+        assert (args.epochs, args.milestones, args.lr, args.weight_decay) == (200, [100, 150], 0.1, 1e-4)
+        assert (args.temperature, args.width, args.teacher, args.momentum) == (4, 2, "bifpnc", 0.9)
+
+
+@pytest.mark.parametrize("size, recipe", [(40, (40, 2, 100, 128)), (80, (224, 1, 200, 32))])
+def test_folder_takes_the_recipe_of_its_size(tmp_path, size, recipe):
+    """CIFAR-100's up to 64 px; above, that of the fine-grained sets at 224 px."""
+    args = train.resolve(dict(dataset="folder", data_dir=class_folders(tmp_path, per_class=1, size=size)))
+    assert (args.image_size, args.alpha, args.beta, args.batch_size) == recipe
+
+
+def test_learning_rate_falls_at_the_milestones(tmp_path):
+    main(TINY, "--method baseline --epochs 4 --milestones 1,3 --lr 0.2 --output".split(), tmp_path)
+    assert [entry["lr"] for entry in log_of(tmp_path)] == [0.2, 0.02, 0.02, 0.002]
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ("", "frskd"),
+        ("--method baseline", "baseline"),
+        ("--beta 0", "frskd-nofeat"),
+        ("--alpha 2 --beta 100 --epochs 8", "frskd"),
+        ("--alpha 3 --beta 200", "frskd-alpha3-beta200"),
+        ("--teacher bifpn --channels 128", "frskd-bifpn128"),
+        ("--width 1", "frskd-w1"),
+        ("--weight-decay 5e-4", "frskd-wd0.0005"),
+        ("--method baseline --weight_decay=5e-4 --lr 0.05", "baseline-wd0.0005-lr0.05"),
+        ("--per-class 100 --epochs 20", "frskd-n100-e20"),
+        ("--epochs 20 --milestones 5,10", "frskd-e20-ms5,10"),
+        ("--temperature 2 --image-size 48 --amp", "frskd-t2-px48-amp"),
+        ("--seed 3 --workers 1 --device cpu --compile", "frskd"),
+    ],
+)
+def test_a_run_is_named_by_what_changes_its_result(options, name):
+    assert name_of(options.replace("weight_decay", "weight-decay")) == name
+
+
+def test_a_run_leaves_its_files_and_logs_every_key(run):
+    assert {p.name for p in run.iterdir()} == {"args.json", "log.jsonl", "last.pt", "student.pt", "attention.png"}
+    keys = "epoch lr ce ce_t kd feat train_top1 top1 top5 images_per_s seconds data_wait".split()
+    assert [list(entry) for entry in log_of(run)] == [keys] * 3
+    args = json.loads((run / "args.json").read_text())
+    assert args["name"] == "frskd-bs16-px16-n8-e3" and args["alpha"] == 2 and args["threads"] >= 1
+    assert args["torch"] == torch.__version__ and args["command"].startswith("python train.py --arch wrn10_1")
+
+
+def test_the_last_line_is_the_result(tmp_path, capsys):
+    main(TINY, "--epochs 1 --seed 4 --output".split(), tmp_path)
+    pattern = r"shapes wrn10_1 frskd-bs16-px16-n8-e1 seed 4: top-1 \d+\.\d\d top-5 \d+\.\d\d \(last epoch; best \d+\.\d\d at epoch 1\)"
+    assert re.fullmatch(pattern, capsys.readouterr().out.splitlines()[-1])
+
+
+def test_attention_png_has_two_rows_an_image_and_a_column_a_block(run):
+    picture = Image.open(run / "attention.png")
+    assert picture.size == (150 + 4 * 116, 24 + 4 * (2 * 116 + 4))
+    assert len(picture.getcolors(1 << 20)) > 500
+
+
+def test_attention_is_drawn_after_the_epochs_asked_for(tmp_path):
+    assert main(TINY, "--epochs 3 --output".split(), tmp_path, "--attention 1 3".split()) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["attention-1.png", "attention-3.png"]
+
+
+def test_eval_gives_the_logged_accuracy_from_either_file(run, tmp_path, capsys):
+    expected = "top-1 {top1:.2f} top-5 {top5:.2f}".format(**log_of(run)[-1])
+    for name in ("last.pt", "student.pt"):
+        assert main("--eval", run / name) == 0
+        assert expected in capsys.readouterr().out
+    alone = tmp_path / "student.pt"  # without args.json beside it, the command line says what it is
+    alone.write_bytes((run / "student.pt").read_bytes())
+    assert main("--eval", alone, TINY) == 0
+    assert expected in capsys.readouterr().out
+
+
+def test_eval_with_attention_draws_the_teacher_only_from_last_pt(run, tmp_path):
+    for name, rows in (("last.pt", 2), ("student.pt", 1)):
+        assert main("--eval", run / name, "--attention", "--output", tmp_path) == 0
+        assert Image.open(tmp_path / "attention.png").size[1] == 24 + 4 * (rows * 116 + 4)
+
+
+def test_the_same_command_gives_the_same_numbers_and_another_seed_others(run, tmp_path):
+    main(TINY, "--epochs 3 --output".split(), tmp_path / "b")
+    main(TINY, "--epochs 3 --seed 1 --output".split(), tmp_path / "c")
+    assert numbers(run) == numbers(tmp_path / "b") != numbers(tmp_path / "c")
+
+
+def test_exported_resnet34_is_torchvisions(tmp_path):
+    """student.pt loads with strict=True, and the logits are the same bit for bit."""
+    options = "--arch resnet34 --image-size 96 --per-class 1 --epochs 1 --batch-size 8 --workers 0 --device cpu"
+    assert main(options.split(), "--output", tmp_path) == 0
+    state = torch.load(tmp_path / "student.pt", weights_only=True)
+    theirs, ours = torchvision.models.resnet34(num_classes=8).eval(), frskd.resnet34(8).eval()
+    theirs.load_state_dict(state, strict=True)
+    ours.load_state_dict(state)
+    x = torch.randn(2, 3, 96, 96)
+    assert torch.equal(theirs(x), ours(x))
+
+
+MOBILENET = "--arch mobilenet_v3_small --blocks features.3,features.8,features.11 --image-size 73 --batch-size 8".split()
+
+
+def interrupted(capsys, folder, after, signum, *argv):
+    """main, sent a signal as soon as `after` epochs are logged: it stops, says how to resume, and returns 128 + n."""
+
+    def watch():
+        while not (folder / "log.jsonl").exists() or len(log_of(folder)) < after:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signum)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    status = main(*argv)
+    thread.join()
+    assert status == 128 + signum
+    assert f"continue with: python train.py --resume {folder}" in capsys.readouterr().err
+    assert not list(folder.glob("*.partial"))
+
+
+def same_run(a, b):
+    return numbers(a) == numbers(b) and all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+
+
+def test_interrupted_after_each_epoch_and_resumed_a_run_ends_the_same(tmp_path, capsys):
+    options = TINY + "--epochs 4 --output".split()
+    main(options, tmp_path / "whole")
+    interrupted(capsys, tmp_path / "cut", 1, signal.SIGINT, options, tmp_path / "cut")
+    interrupted(capsys, tmp_path / "cut", 2, signal.SIGTERM, "--resume", tmp_path / "cut")
+    interrupted(capsys, tmp_path / "cut", 3, signal.SIGINT, "--resume", tmp_path / "cut" / "last.pt")
+    assert main("--resume", tmp_path / "cut") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+    assert [entry["epoch"] for entry in log_of(tmp_path / "cut")] == [1, 2, 3, 4]
+
+
+def test_large_images_resume_the_same_with_0_1_and_2_workers(tmp_path, capsys):
+    """Worker augmentation, dropout and an adapter at an odd size; its student loads into torchvision's class."""
+    where = class_folders(tmp_path / "images", size=80)
+    options = ["--dataset", "folder", "--data-dir", where, *MOBILENET, "--epochs", 4, "--device", "cpu"]
+    main(options, "--workers", 2, "--output", tmp_path / "whole")
+    interrupted(capsys, tmp_path / "cut", 1, signal.SIGINT, options, "--workers", 0, "--output", tmp_path / "cut")
+    interrupted(capsys, tmp_path / "cut", 2, signal.SIGINT, "--resume", tmp_path / "cut", "--workers", 1)
+    interrupted(capsys, tmp_path / "cut", 3, signal.SIGINT, "--resume", tmp_path / "cut", "--workers", 2)
+    assert main("--resume", tmp_path / "cut", "--workers", 0) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+    net = torchvision.models.mobilenet_v3_small(num_classes=3)
+    net.load_state_dict(torch.load(tmp_path / "cut/student.pt", weights_only=True), strict=True)
+
+
+def test_resume_may_add_epochs_and_move_the_folder_but_change_nothing_else(run, tmp_path, capsys):
+    assert main("--resume", run, "--epochs", 4, "--output", tmp_path / "moved") == 0
+    assert numbers(tmp_path / "moved")[:3] == numbers(run) and len(numbers(tmp_path / "moved")) == 4
+    for option, value in (("--beta", "50"), ("--seed", "1"), ("--arch", "wrn16_1"), ("--epochs", "2")):
+        assert refused(capsys, "--resume", run, option, value).startswith(f"train.py: error: {option} {value} ")
+
+
+def test_resume_without_a_path_starts_afresh_or_continues(tmp_path):
+    """What an elastic restart needs: the same command, whether or not a checkpoint is there."""
+    options = TINY + ["--epochs", 2, "--resume", "--output", tmp_path]
+    assert main(options) == 0
+    first = (tmp_path / "last.pt").stat().st_mtime_ns
+    assert main(options) == 0
+    assert (tmp_path / "last.pt").stat().st_mtime_ns == first
+
+
+def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, capsys):
+    def watch():
+        while not (tmp_path / "args.json").exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch).start()
+    options = "--image-size 16 --arch wrn16_2 --device cpu --output".split() + [str(tmp_path)]
+    assert main(options) == 130
+    assert f"python train.py {shlex.join(options)} --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["frskd", "baseline"])
+def test_compiled_training_gives_the_same_losses(run, tmp_path, method):
+    for name, extra in (("eager", []), ("compiled", ["--compile", "aot_eager"])):
+        assert main(TINY, "--epochs 1 --output".split(), tmp_path / name, "--method", method, extra) == 0
+    eager, compiled = (numbers(tmp_path / name)[0] for name in ("eager", "compiled"))
+    terms = [name for name in ("ce", "ce_t", "kd", "feat") if name in eager]
+    assert [eager[name] for name in terms] == pytest.approx([compiled[name] for name in terms], rel=0.02)
+
+
+def test_bf16_autocast_trains_near_float32(run, tmp_path):
+    assert main(TINY, "--epochs 3 --amp --output".split(), tmp_path) == 0
+    assert 0 < abs(log_of(tmp_path)[0]["ce"] - log_of(run)[0]["ce"]) < 0.1
+
+
+def test_bifpn_trains(tmp_path):
+    assert main(TINY, "--epochs 1 --teacher bifpn --channels 24 --output".split(), tmp_path) == 0
+    assert weights(tmp_path)["teacher.fc.weight"].shape == (8, 24)
+
+
+def test_table_averages_seeds_and_lists_what_is_unfinished(tmp_path, capsys):
+    for seed in (0, 1, 2):
+        main(TINY, "--method baseline --epochs 2 --seed".split(), seed, "--output", tmp_path / f"s{seed}")
+    main(TINY, "--epochs 2 --output".split(), tmp_path / "one")
+    cut = tmp_path / "s2" / "log.jsonl"
+    cut.write_text(cut.read_text().splitlines()[0] + "\n")
+    capsys.readouterr()
+    assert main("--table", tmp_path) == 0
+    out = capsys.readouterr().out
+    a, b = (log_of(tmp_path / f"s{seed}")[-1]["top1"] for seed in (0, 1))
+    assert f"| baseline-bs16-px16-n8-e2 | {(a + b) / 2:.2f} ± {abs(a - b) / math.sqrt(2):.2f} (" in out
+    assert "), n = 2 |" in out and f"| frskd-bs16-px16-n8-e2 | {log_of(tmp_path / 'one')[-1]['top1']:.2f} (" in out
+    assert f"- {tmp_path / 's2'}: 1 of 2 epochs" in out and "| method | shapes wrn10_1 |" in out
+
+
+def test_a_number_that_is_not_finite_ends_the_run_with_status_1(tmp_path, capsys):
+    """Named by term, epoch and step; the last good checkpoint stays."""
+    assert main(TINY, "--epochs 1 --output".split(), tmp_path) == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    checkpoint["args"] |= dict(epochs=2)
+    checkpoint["optimizer"]["state"][0]["momentum_buffer"].fill_(math.inf)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    poisoned = (tmp_path / "last.pt").read_bytes()
+    capsys.readouterr()
+    assert main("--resume", tmp_path) == 1
+    error = shown(capsys.readouterr().err)[-1]
+    assert re.search(r"the term ce is not finite in epoch 2, step 2; .* keeps the last good checkpoint", error)
+    assert (tmp_path / "last.pt").read_bytes() == poisoned != before
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    method = frskd.Baseline(nn.Linear(2, 2))
+    meter = train.Meter(method, epoch=0)
+    for step in range(3):
+        logits = method.student(torch.ones(1, 2))
+        logits.sum().backward()
+        if step == 1:
+            method.student.bias.grad[0] = math.nan
+        meter.update({"ce": logits.sum()}, logits, torch.tensor([0]))
+    with pytest.raises(train.NonFinite, match="the gradient of student.bias is not finite in epoch 1, step 2"):
+        meter.read()
+
+
+# -------------------------------------------------------------------------------------- every error is one line
+
+
+def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys):
+    missing = ["--data-dir", "/nowhere"]  # were the data read first, this would be the error
+    for options, message in [
+        ("--dataset folder --method baseline --alpha 2", "--alpha has no effect with --method baseline"),
+        ("--dataset folder --channels 128", "--channels has no effect with --teacher bifpnc"),
+        ("--dataset folder --teacher bifpn --width 2", "--width has no effect with --teacher bifpn"),
+        ("--dataset folder --download", "--download has no effect with --dataset folder"),
+        ("--data-dir x", "--data-dir has no effect with --dataset shapes"),
+        ("--dataset folder --resume --overwrite", "--overwrite and --resume do not go together"),
+        ("--dataset folder --arch resnet18 --blocks layer1", "--blocks is for the networks of torchvision.models"),
+        ("--dataset folder --arch densenet121", "--arch densenet121 needs --blocks"),
+        ("--dataset folder --arch resnet19", "--arch resnet19: neither"),
+    ]:
+        argv = options.split() + (missing if "--data-dir" not in options else [])
+        assert message in refused(capsys, argv)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--alpha -1", "argument --alpha: -1 is not a number of at least 0"),
+        ("--temperature 0", "argument --temperature: 0 is not a number above 0"),
+        ("--lr nan", "argument --lr: nan is not a number above 0"),
+        ("--epochs x", "argument --epochs: 'x' is not a whole number of at least 1"),
+        ("--milestones 5,3", "--milestones 5,3: the epochs must increase"),
+        ("--epoch 5", "unrecognized arguments: --epoch 5"),
+        ("--dataset cifar10", "invalid choice: 'cifar10'"),
+        ("--device tpu9", "--device tpu9"),
+        ("--compile nonsense", "--compile nonsense: no such backend"),
+        ("--epochs 2 --attention 3", "--attention 3 is after the last of 2 epochs"),
+        ("--arch wrn17_2", "--arch wrn17_2 at 32 px: a wide ResNet has depth 6 k + 4"),
+        ("--arch alexnet --blocks features.99 --image-size 80", "no block named 'features.99'; the network has features"),
+        ("--table /nowhere", "no run below this folder"),
+        ("--resume /nowhere", "no such file: /nowhere"),
+        ("--eval /nowhere", "no such file: /nowhere"),
+        ("--per-class 251", "class cross has 250 training images, fewer than --per-class 251"),
+        ("--per-class 2", "--batch-size 32 is larger than the training set of 16 images"),
+        ("--output /proc/nowhere", "cannot make the folder /proc/nowhere"),
+    ],
+)
+def test_a_users_mistake_gets_one_line(capsys, options, message):
+    assert message in refused(capsys, options.split())
+
+
+def test_dashes_and_underscores_both_work_in_a_flag(capsys):
+    assert "--batch-size 32" in refused(capsys, "--per_class", 2)
+    assert "--batch-size 48" in refused(capsys, "--per_class=2", "--batch_size=48")
+
+
+def test_broken_data_is_refused_by_name(tmp_path, capsys):
+    folder = ["--dataset", "folder", "--data-dir", tmp_path]
+    assert "no such folder: " + str(tmp_path / "train") in refused(capsys, folder)
+    class_folders(tmp_path, splits=("train",))
+    assert "neither val/ nor test/" in refused(capsys, folder)
+    class_folders(tmp_path)
+    (tmp_path / "test/class9").mkdir()
+    assert "Found no valid file for the classes class9" in refused(capsys, folder)
+    Image.new("RGB", (16, 16)).save(tmp_path / "test/class9/a.png")
+    assert f"{tmp_path / 'test'} has the class class9, which {tmp_path / 'train'} lacks" in refused(capsys, folder)
+
+
+@pytest.mark.parametrize("size, workers", [(32, 0), (72, 0), (72, 1)])
+def test_a_truncated_image_is_named(tmp_path, capsys, size, workers):
+    """Decoded in this process or in a worker, the line is the same."""
+    class_folders(tmp_path, size=size)
+    broken = tmp_path / "train/class1/010.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    options = ["--dataset", "folder", "--data-dir", tmp_path, "--arch", "wrn10_1", "--batch-size", 8, "--epochs", 1]
+    line = refused(capsys, options, "--image-size", size, "--workers", workers, "--output", tmp_path / "run")
+    assert line.startswith(f"train.py: error: {broken}: not a readable image (")
+
+
+def test_cifar100_that_is_not_there_says_what_to_do(tmp_path, capsys):
+    line = refused(capsys, "--dataset", "cifar100", "--data-dir", tmp_path)
+    assert str(tmp_path) in line and "cifar-100-python.tar.gz" in line and "--download" in line
+
+
+def test_a_run_is_never_overwritten_unasked(run, capsys):
+    before = (run / "last.pt").read_bytes()
+    line = refused(capsys, TINY, "--epochs 3 --output".split(), run)
+    assert "--resume" in line and "--overwrite" in line and (run / "last.pt").read_bytes() == before
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    main(TINY, "--epochs 2 --output".split(), tmp_path)
+    assert main(TINY, "--epochs 1 --overwrite --output".split(), tmp_path) == 0
+    assert len(log_of(tmp_path)) == 1
+
+
+def test_checkpoints_that_do_not_fit_are_refused(run, tmp_path, capsys):
+    half = tmp_path / "last.pt"
+    half.write_bytes((run / "last.pt").read_bytes()[:20000])
+    assert f"{half} is not a checkpoint that can be read" in refused(capsys, "--resume", half)
+    assert "is not the last.pt of a run" in refused(capsys, "--resume", run / "student.pt")
+    other = tmp_path / "student.pt"
+    torch.save(frskd.WideResNet(16, 1, 8).state_dict(), other)
+    assert "the weights do not fit wrn10_1" in refused(capsys, "--eval", other, TINY)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save(Hostile(), tmp_path / "last.pt")
+    assert "is not a checkpoint that can be read" in refused(capsys, "--resume", tmp_path)
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_ctrl_c_in_a_terminal_exits_with_130(tmp_path):
+    """A real process, with workers, its whole group signalled: no traceback, and how to resume."""
+    where = class_folders(tmp_path / "images", size=80)
+    command = [sys.executable, HERE / "train.py", "--dataset", "folder", "--data-dir", where, *MOBILENET, "--epochs", "99"]
+    command += ["--workers", "1", "--device", "cpu", "--output", tmp_path / "run"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    while not (tmp_path / "run/last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err and f"continue with: python train.py --resume {tmp_path / 'run'}" in err
+
+
+# ----------------------------------------------------------------------------------------------- the README
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    return re.findall(r"^(?:.*&& )?python train\.py(.*)$", text, re.MULTILINE)
+
+
+def test_every_command_of_the_readme_is_understood():
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        argv = shlex.split(command.split("#")[0])
+        given = {k: v for k, v in vars(train.parser().parse_args(argv)).items() if v is not None}
+        if not {"resume", "eval", "table"} & set(given):
+            train.check_options(given)
+
+
+def test_the_readmes_snippet_runs():
+    """Its first Python block, with smaller images."""
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    names = dict(images=torch.randn(2, 3, 32, 32), labels=torch.tensor([1, 2]))
+    exec(code, names)
+    assert set(names["terms"]) == {"ce", "ce_t", "kd", "feat"}
