@@ -9,6 +9,7 @@ number of workers, their persistence and a resumed run change no number.
 """
 
 import hashlib
+import math
 import os
 import signal
 from dataclasses import dataclass
@@ -220,43 +221,46 @@ def draw_shapes(per_class, size, seed):
     """
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(SHAPES)).repeat_interleave(per_class)
-    images, masks = [], []
-    for label in labels.split(256):
-        n, fine = len(label), 2 * size  # drawn at twice the size, then averaged
-        axis = (torch.arange(fine) + 0.5) / fine * 2 - 1  # -1..1 across the image
-        y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
+    drawn = [_draw(chunk, size, g) for chunk in labels.split(256)]
+    images, masks = (torch.cat(parts) for parts in zip(*drawn))
+    return images, labels, masks
 
-        def uniform(low, high, *shape):
-            return low + (high - low) * torch.rand(n, *shape, generator=g)
 
-        def texture():
-            """A colour of its own, shaded by a coarse random pattern: (n, 3, fine, fine)."""
-            pattern = F.interpolate(uniform(-0.12, 0.12, 3, 5, 5), size=(fine, fine), mode="bicubic")
-            return uniform(0.1, 0.9, 3, 1, 1) + pattern
+def _draw(labels, size, g):
+    n, fine = len(labels), 2 * size  # drawn at twice the size, then averaged
+    axis = (torch.arange(fine) + 0.5) / fine * 2 - 1  # -1..1 across the image
+    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
 
-        def inside(label, radius, limit):
-            """Mask (n, fine, fine) of one object an image, `radius` of the half image, its centre within `limit`."""
-            cx, cy, angle = uniform(-1, 1, 1, 1) * limit, uniform(-1, 1, 1, 1) * limit, uniform(0, 6.2832, 1, 1)
-            u = ((x - cx) * angle.cos() + (y - cy) * angle.sin()) / radius
-            v = ((y - cy) * angle.cos() - (x - cx) * angle.sin()) / radius
-            mask = torch.zeros(n, fine, fine, dtype=torch.bool)
-            for c, shape in enumerate(SHAPES.values()):
-                mask[label == c] = shape(u[label == c], v[label == c])
-            return mask
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
 
-        image = texture()
-        for _ in range(3):  # crumbs
-            crumb = inside(torch.randint(len(SHAPES), (n,), generator=g), uniform(0.1, 0.2, 1, 1), 1.0)
-            image = torch.where(crumb[:, None], texture(), image)
-        radius = uniform(0.4, 0.75, 1, 1)
-        mask = inside(label, radius, 1 - radius)
-        lighter = (image.mean((1, 2, 3), keepdim=True) < 0.5).float()  # than a dark background, else darker
-        image = torch.where(mask[:, None], (texture() + lighter) / 2, image)
-        image = F.avg_pool2d(image, 2) + 0.02 * torch.randn(n, 3, size, size, generator=g)
-        images.append((image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous())
-        covered = F.avg_pool2d(mask[:, None].float(), 2)[:, 0] >= 0.5
-        masks.append((covered * (label + 1).view(-1, 1, 1)).byte())
-    return torch.cat(images), labels, torch.cat(masks)
+    def texture():
+        """A colour of its own, shaded by a coarse random pattern: (n, 3, fine, fine)."""
+        pattern = F.interpolate(uniform(-0.12, 0.12, 3, 5, 5), size=(fine, fine), mode="bicubic")
+        return uniform(0.1, 0.9, 3, 1, 1) + pattern
+
+    def place(labels, radius, limit):
+        """Mask (n, fine, fine) of one shape an image, `radius` of the half image, its centre within `limit`."""
+        cx, cy, angle = uniform(-1, 1, 1, 1) * limit, uniform(-1, 1, 1, 1) * limit, uniform(0, 2 * math.pi, 1, 1)
+        u = ((x - cx) * angle.cos() + (y - cy) * angle.sin()) / radius
+        v = ((y - cy) * angle.cos() - (x - cx) * angle.sin()) / radius
+        mask = torch.empty(n, fine, fine, dtype=torch.bool)
+        for c, shape in enumerate(SHAPES.values()):
+            mask[labels == c] = shape(u[labels == c], v[labels == c])
+        return mask
+
+    image = texture()
+    for _ in range(3):  # crumbs
+        crumb = place(torch.randint(len(SHAPES), (n,), generator=g), uniform(0.1, 0.2, 1, 1), 1.0)
+        image = torch.where(crumb[:, None], texture(), image)
+    radius = uniform(0.4, 0.75, 1, 1)
+    mask = place(labels, radius, 1 - radius)
+    lighter = (image.mean((1, 2, 3), keepdim=True) < 0.5).float()  # than a dark background, else darker
+    image = torch.where(mask[:, None], (texture() + lighter) / 2, image)
+    image = F.avg_pool2d(image, 2) + 0.02 * torch.randn(n, 3, size, size, generator=g)
+    covered = F.avg_pool2d(mask[:, None].float(), 2)[:, 0] >= 0.5
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+    return pixels, (covered * (labels + 1).view(-1, 1, 1)).byte()
 
 
 def draw_data(size):

@@ -41,10 +41,14 @@ def fused_sum(weights, maps, eps=1e-4):
     """Fast normalised fusion: sum_k relu(w_k) / (sum_j relu(w_j) + eps) * maps[k].
 
     weights (K,), maps K tensors of one shape -> one map of that shape. Source: Sec. 3.1 and BiFPN (its [28]).
+    Paper vs code: the paper gives no eps; 1e-4 is EfficientDet's, the authors' code has 1e-6.
     """
     weights = F.relu(weights)
     weights = weights / (weights.sum() + eps)
-    return sum(w * x for w, x in zip(weights, maps))
+    fused = weights[0] * maps[0]
+    for w, x in zip(weights[1:], maps[1:]):
+        fused = torch.addcmul(fused, w, x)  # fused + w * x in one pass
+    return fused
 
 
 def upsample(x, size, mode="bilinear"):
@@ -164,9 +168,7 @@ class SelfTeacher(nn.Module):
         self.top_down = nn.ModuleList(SeparableConv(d, depth) for d in dims[:-1])
         self.bottom_up = nn.ModuleList(SeparableConv(d, depth) for d in dims[1:])
         self.top_down_weights = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in range(n - 1))
-        self.bottom_up_weights = nn.ParameterList(
-            nn.Parameter(torch.ones(3 if i < n - 1 else 2)) for i in range(1, n)
-        )
+        self.bottom_up_weights = nn.ParameterList(nn.Parameter(torch.ones(3 if i < n - 1 else 2)) for i in range(1, n))
         self.fc = nn.Linear(dims[-1], num_classes)
 
     def forward(self, feats, preact=False):
@@ -390,7 +392,9 @@ class WideResNet(nn.Module):
     def __init__(self, depth, widen, num_classes):
         super().__init__()
         if depth < 10 or (depth - 4) % 6 or widen < 1:
-            raise ValueError(f"a wide ResNet has depth 6 k + 4 (10, 16, 22, 28, 40) and width >= 1, got {depth}, {widen}")
+            raise ValueError(
+                f"a wide ResNet has depth 6 k + 4 (10, 16, 22, 28, 40) and width >= 1, got {depth}, {widen}"
+            )
         self.channels = [16 * widen, 32 * widen, 64 * widen]
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         c_in = 16

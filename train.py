@@ -3,7 +3,7 @@
     python train.py                                                          # drawn shapes: no file, no network
     python train.py --dataset cifar100 --download --arch resnet18 --alpha 2 --beta 100
     python train.py --dataset cifar100 --arch resnet18 --method baseline
-    python train.py --dataset folder --data-dir photos --arch mobilenet_v3_small --blocks features.3,features.8,features.11
+    python train.py --dataset folder --data-dir photos --arch resnet34
     python train.py --resume runs/cifar100-resnet18-frskd-s0
     python train.py --eval runs/cifar100-resnet18-frskd-s0/student.pt
     python train.py --table runs
@@ -14,6 +14,7 @@ network) and attention.png into runs/<dataset>-<arch>-<name>-s<seed>.
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -49,6 +50,7 @@ RECIPES = {
     "folder up to 64 px": CIFAR,
     "folder above 64 px": FGVR,  # Sec. 4.1, fine-grained visual recognition
 }
+RUN = dict(seed=0, data_dir="data", download=False, workers=2, device=None, compile=None, attention=None, output=None)
 MILESTONES = (1 / 2, 3 / 4)  # of the epochs: 100 and 150 of 200 (Sec. 4.1)
 
 # What a choice that is not the recipe's adds to the name of a run, in this order.
@@ -57,7 +59,8 @@ TAGS = dict(
     momentum="m", batch_size="bs", image_size="px", per_class="n", epochs="e", milestones="ms",
 )  # fmt: skip
 TEACHER_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels")
-MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", "output", "resume", "eval")  # on resuming
+THIS_CALL = ("output", "resume", "eval")  # not kept in a checkpoint
+MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", *THIS_CALL)  # from the checkpoint's values
 
 
 class UserError(Exception):
@@ -82,10 +85,7 @@ def resolve(given):
     size = given.get("image_size", natural)
     key = dataset if dataset != "folder" else f"folder {'up to' if size <= data.DEVICE_RESIDENT else 'above'} 64 px"
     recipe = RECIPES[key] | dict(dataset=dataset, image_size=natural)
-    args = SimpleNamespace(
-        **recipe | dict(data_dir="data", seed=0, workers=2, device=None, compile=None, attention=None, output=None)
-    )
-    vars(args).update(given)
+    args = SimpleNamespace(**recipe | RUN | given)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.recipe = recipe
     if "milestones" not in given:
@@ -170,73 +170,78 @@ def build_loaders(args):
         data_dir=args.data_dir,
         image_size=args.image_size,
         per_class=args.per_class,
-        download=getattr(args, "download", False),
+        download=args.download,
     )
-    cifar = args.dataset == "cifar100" or args.image_size <= data.DEVICE_RESIDENT
-    kwargs = dict(
+    small = args.image_size <= data.DEVICE_RESIDENT or args.dataset == "cifar100"
+    options = dict(
         batch_size=args.batch_size,
         image_size=args.image_size,
         seed=args.seed,
-        stats=data.CIFAR_STATS if cifar else data.IMAGENET_STATS,
+        stats=data.CIFAR_STATS if small else data.IMAGENET_STATS,
         workers=args.workers,
         device=args.device,
     )
-    return (
-        loaded,
-        data.make_loader(loaded.train, train=True, **kwargs),
-        data.make_loader(loaded.test, train=False, **kwargs),
-    )
+    train_loader = data.make_loader(loaded.train, train=True, **options)
+    return loaded, train_loader, data.make_loader(loaded.test, train=False, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- loop
 
 
-def train(args, folder, checkpoint, stop):
+def train_epoch(forward, method, loader, optimizer, autocast, epoch, title, stop):
+    """One pass over the training images; -> means of the terms, train_top1, images_per_s, seconds, data_wait.
+
+    forward is the method, compiled or not. A smaller last batch goes to the method itself: no compiling again.
+    """
+    method.train()
+    meter, waited, began = Meter(method, epoch), 0.0, time.perf_counter()
+    with progress_bar(len(loader), title) as bar:
+        asked = began
+        for x, y in loader.epoch(epoch):
+            waited += time.perf_counter() - asked
+            with autocast:
+                terms, logits = (forward if len(x) == loader.batch_size else method)(x, y)
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            meter.update(terms, logits, y)
+            if meter.step % 50 == 0:
+                bar.set_postfix({name: f"{value:.3g}" for name, value in meter.read().items()})
+            bar.update()
+            stop.check()
+            asked = time.perf_counter()
+    means = meter.read()
+    seconds = time.perf_counter() - began
+    return means, dict(images_per_s=meter.images / seconds, seconds=seconds, data_wait=waited)
+
+
+def train(args, loaders, folder, checkpoint, stop):
     """Train to args.epochs, from the checkpoint where there is one; -> the log, a list of dicts, one an epoch."""
-    loaded, train_loader, test_loader = build_loaders(args)
+    loaded, train_loader, test_loader = loaders
     method = build_method(args, len(loaded.classes))
-    optimizer = torch.optim.SGD(
+    optimizer = torch.optim.SGD(  # weight decay on everything, as the authors' code
         method.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )  # weight decay on everything, as the authors' code
-    log, start = [], 0
+    )
+    log = []
     if checkpoint:
-        restore(checkpoint, method, optimizer, args)
-        log, start = checkpoint["log"], checkpoint["epoch"]
+        load_weights(method, checkpoint["method"], args)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        log = checkpoint["log"]
     write_run(folder, args, loaded, log)
 
     autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
-    compiled = torch.compile(method, backend=args.compile) if args.compile else method
-    for epoch in range(start, args.epochs):
+    forward = torch.compile(method, backend=args.compile) if args.compile else method
+    for epoch in range(len(log), args.epochs):
         torch.manual_seed(data.seed_of(args.seed, epoch))  # for dropout: a resumed run draws the same
-        method.train()
         lr = optimizer.param_groups[0]["lr"] = args.lr / 10 ** sum(epoch >= m for m in args.milestones)
-        meter, waited, began = Meter(method, epoch), 0.0, time.perf_counter()
-        bar = progress_bar(len(train_loader), f"epoch {epoch + 1}/{args.epochs}")
-        with bar:
-            asked = began
-            for step, (x, y) in enumerate(train_loader.epoch(epoch)):
-                waited += time.perf_counter() - asked
-                with autocast:  # the last, smaller batch runs uncompiled: compiling for its shape would cost more
-                    terms, logits = (compiled if len(x) == args.batch_size else method)(x, y)
-                optimizer.zero_grad()
-                sum(terms.values()).backward()
-                optimizer.step()
-                meter.update(terms, logits, y)
-                if step % 50 == 49:
-                    bar.set_postfix({name: f"{value:.3g}" for name, value in meter.read().items()})
-                bar.update()
-                stop.check()
-                asked = time.perf_counter()
-        means = meter.read()
-        seconds = time.perf_counter() - began
+        title = f"epoch {epoch + 1}/{args.epochs}"
+        means, clock = train_epoch(forward, method, train_loader, optimizer, autocast, epoch, title, stop)
         top1, top5 = evaluate(method.student, test_loader, autocast, stop)
-        log.append(
-            dict(epoch=epoch + 1, lr=lr, **means, top1=top1, top5=top5)
-            | dict(images_per_s=len(loaded.train) / seconds, seconds=seconds, data_wait=waited)
-        )
-        print(summary(log[-1], args.epochs), flush=True)
+        log.append(dict(epoch=epoch + 1, lr=lr, **means, top1=top1, top5=top5, **clock))
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        print(f"{title}  lr {lr:g}  {terms}  top-1 {top1:.2f}  {clock['images_per_s']:.0f} images/s", flush=True)
         write_log(folder, log)
-        save_checkpoint(folder, method, optimizer, epoch + 1, args, log)
+        save_checkpoint(folder, method, optimizer, args, log)
         if args.attention and epoch + 1 in args.attention:
             draw_attention(method, test_loader, loaded, folder / f"attention-{epoch + 1}.png")
     if not args.attention:
@@ -326,15 +331,6 @@ def progress_bar(steps, title):
     return tqdm(total=steps, desc=title, leave=False, mininterval=0.1 if sys.stderr.isatty() else 5)
 
 
-def summary(entry, epochs):
-    keys = [k for k in entry if k not in ("epoch", "lr", "train_top1", "top1", "top5", "seconds", "data_wait", "images_per_s")]
-    terms = "  ".join(f"{k} {entry[k]:.3f}" for k in keys)
-    return (
-        f"epoch {entry['epoch']}/{epochs}  lr {entry['lr']:g}  {terms}  train {entry['train_top1']:.2f}  "
-        f"top-1 {entry['top1']:.2f}  top-5 {entry['top5']:.2f}  {entry['images_per_s']:.0f} images/s"
-    )
-
-
 def result_line(args, log):
     last, best = log[-1], max(log, key=lambda entry: entry["top1"])
     return (
@@ -345,18 +341,17 @@ def result_line(args, log):
 
 # ------------------------------------------------------------------------------------- the folder of a run
 
-RUN_FILES = ("args.json", "log.jsonl", "last.pt", "student.pt")
+RUN_FILES = ("args.json", "log.jsonl", "last.pt", "student.pt", "attention*.png")
 
 
-def prepare_folder(args, overwrite):
-    """The folder of a fresh run: refused where it holds one already."""
-    folder = Path(args.output)
-    held = [name for name in RUN_FILES if (folder / name).exists()]
-    if held and not overwrite:
+def run_files(folder):
+    """What a run left in a folder; empty where there is none."""
+    return [path for name in RUN_FILES for path in Path(folder).glob(name)]
+
+
+def refuse_to_overwrite(folder):
+    if run_files(folder):
         raise UserError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
-    for path in [folder / name for name in held] + list(folder.glob("attention*.png")) * overwrite:
-        path.unlink()
-    return folder
 
 
 def write_run(folder, args, loaded, log):
@@ -403,18 +398,16 @@ def write_atomically(path, write):
         partial.unlink(missing_ok=True)
 
 
-def save_checkpoint(folder, method, optimizer, epoch, args, log):
-    """last.pt, everything to resume, the log included; then student.pt, the plain network."""
-    checkpoint = dict(
-        args=saved_args(args), epoch=epoch, method=method.state_dict(), optimizer=optimizer.state_dict(), log=log
-    )
-    write_atomically(folder / "last.pt", lambda file: torch.save(checkpoint, file))
+def save_checkpoint(folder, method, optimizer, args, log):
+    """student.pt, the plain network; then last.pt, everything to resume, the log included.
+
+    In this order: a run killed between the two repeats the epoch, and writes both again.
+    """
+    values = {k: v for k, v in vars(args).items() if k not in THIS_CALL}
+    checkpoint = dict(args=values, method=method.state_dict(), optimizer=optimizer.state_dict(), log=log)
     student = frskd.export(method.student).state_dict()
     write_atomically(folder / "student.pt", lambda file: torch.save(student, file))
-
-
-def saved_args(args):
-    return {k: v for k, v in vars(args).items() if k not in ("output", "overwrite", "resume", "eval")}
+    write_atomically(folder / "last.pt", lambda file: torch.save(checkpoint, file))
 
 
 def load_file(path):
@@ -433,7 +426,7 @@ def load_checkpoint(path):
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not {"args", "epoch", "method", "optimizer", "log"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not {"args", "method", "optimizer", "log"} <= set(checkpoint):
         raise UserError(f"{path} is not the last.pt of a run")
     return checkpoint
 
@@ -441,24 +434,19 @@ def load_checkpoint(path):
 def continued(saved, given):
     """The values of a checkpoint, and what the command line may change of them; anything else is refused by name."""
     args = SimpleNamespace(**saved)
+    more = given.get("epochs", 0) if "resume" in given else 0
     for key, value in given.items():
-        option = "--" + key.replace("_", "-")
-        if key == "overwrite":
-            raise UserError("--overwrite and --resume do not go together")
-        if key == "epochs" and value < args.epochs:
-            raise UserError(f"--epochs {value} is less than the checkpoint's {args.epochs}")
-        if key not in (*MAY_DIFFER, "epochs") and value != getattr(args, key):
-            raise UserError(f"{option} {text(value)} differs from the checkpoint's {text(getattr(args, key))}: leave it out")
-        if key == "epochs" and value > args.epochs:
-            args.argv = [*args.argv, "--epochs", str(value), "--milestones", text(args.milestones)]
+        kept = getattr(args, key, None)
+        if value != kept and key not in MAY_DIFFER and not (key == "epochs" and more > args.epochs):
+            hint = "only more are possible" if key == "epochs" and more else "leave it out"
+            raise UserError(
+                f"--{key.replace('_', '-')} {text(value)} differs from the checkpoint's {text(kept)}: {hint}"
+            )
         setattr(args, key, value)
+    if more > saved["epochs"]:
+        args.argv = [*args.argv, "--epochs", str(more), "--milestones", text(args.milestones)]
     args.name = run_name(args)
     return args
-
-
-def restore(checkpoint, method, optimizer, args):
-    load_weights(method, checkpoint["method"], args)
-    optimizer.load_state_dict(checkpoint["optimizer"])
 
 
 def load_weights(module, state, args):
@@ -519,28 +507,35 @@ def draw_attention(method, loader, loaded, path, images=4, cell=112):
 
 def print_table(folder):
     """Mean and standard deviation over seeds of the runs below a folder, laid out as Table 1, in markdown."""
-    groups, unfinished = {}, []
+    rows, columns, left_out = {}, set(), []
     for path in sorted(Path(folder).glob("*/args.json")):
-        args = json.loads(path.read_text())
-        log_file = path.with_name("log.jsonl")
-        log = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
-        if len(log) < args["epochs"]:
-            unfinished.append(f"- {path.parent}: {len(log)} of {args['epochs']} epochs")
-            continue
-        where = f" ({Path(args['data_dir']).resolve().name})" if args["dataset"] == "folder" else ""
-        column = f"{args['dataset']}{where} {args['arch']}"
-        groups.setdefault(args["name"], {}).setdefault(column, []).append((log[-1]["top1"], max(e["top1"] for e in log)))
-    if not groups and not unfinished:
+        try:
+            args = json.loads(path.read_text())
+            log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
+            where = f" ({Path(args['data_dir']).resolve().name})" if args["dataset"] == "folder" else ""
+            column = f"{args['dataset']}{where} {args['arch']}"
+            seeds = rows.setdefault(args["name"], {}).setdefault(column, {})
+            if len(log) < args["epochs"]:
+                left_out.append(f"- {path.parent}: unfinished, {len(log)} of {args['epochs']} epochs")
+            elif args["seed"] in seeds:
+                left_out.append(f"- {path.parent}: seed {args['seed']} again")
+            else:
+                seeds[args["seed"]] = log[-1]["top1"], max(entry["top1"] for entry in log)
+                columns.add(column)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path.parent} does not hold a run that can be read: move it away") from None
+    if not rows:
         raise UserError(f"--table {folder}: no run below this folder (a run has an args.json)")
-    columns = sorted({column for row in groups.values() for column in row})
+    columns = sorted(columns)
     print("Top-1 accuracy in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
     print("| method |" + "".join(f" {column} |" for column in columns))
     print("|---|" + "---|" * len(columns))
-    for name in sorted(groups, key=lambda name: (not name.startswith("baseline"), name)):
-        cells = [cell(groups[name].get(column, [])) for column in columns]
-        print(f"| {name} |" + "".join(f" {c} |" for c in cells))
-    if unfinished:
-        print("\nUnfinished, not averaged:\n" + "\n".join(unfinished))
+    for name in sorted(rows, key=lambda name: (not name.startswith("baseline"), name)):
+        cells = [cell(list(rows[name].get(column, {}).values())) for column in columns]
+        if any(cells):
+            print(f"| {name} |" + "".join(f" {c} |" for c in cells))
+    if left_out:
+        print("\nNot averaged:\n" + "\n".join(left_out))
 
 
 def cell(runs):
@@ -564,84 +559,115 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind, low, meaning, above=False):
-    """An argparse type: a number of at least `low`, or above it."""
+def at_least(low):
+    """An argparse type: a whole number of at least `low`."""
 
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}") from None
-        if not (value > low if above else value >= low) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
-        return value
+    def whole(string):
+        if not re.fullmatch(r"-?\d+", string) or int(string) < low:
+            raise argparse.ArgumentTypeError(f"{string!r} is not a whole number of at least {low}")
+        return int(string)
 
-    return parse
+    return whole
 
 
-COUNT = number(int, 1, "a whole number of at least 1")
-NOT_NEGATIVE = number(float, 0, "a number of at least 0")
-POSITIVE = number(float, 0, "a number above 0", above=True)
+def not_negative(string):
+    return finite_number(string, lambda value: value >= 0, "of at least 0")
+
+
+def positive(string):
+    return finite_number(string, lambda value: value > 0, "above 0")
+
+
+def finite_number(string, fits, meaning):
+    try:
+        value = float(string)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"{string!r} is not a number {meaning}")
+    return value
 
 
 def recipe_values(key):
     """What each recipe says of a value, for --help: "2 shapes, cifar100; 1 folder above 64 px"."""
-    by_value = {}
+    names = {}
     for name, recipe in RECIPES.items():
-        by_value.setdefault(recipe[key], []).append(name)
-    return "; ".join(f"{v:g} {', '.join(names)}" if not isinstance(v, str) else f"{v} {', '.join(names)}" for v, names in by_value.items())
+        names.setdefault(text(recipe[key]), []).append(name)
+    return "; ".join(f"{value} {', '.join(n)}" for value, n in names.items())
 
 
+# fmt: off
 def parser():
-    p = Parser(
-        prog="train.py",
-        description="Train an image classifier with FRSKD. Every value not given is the data set's recipe.",
-        allow_abbrev=False,
-        argument_default=None,
-    )
+    p = Parser(prog="train.py", allow_abbrev=False, description="Train an image classifier with FRSKD. "
+               "Every value that is not given is the recipe's of the data set.")
+
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=["shapes", "cifar100", "folder"], help="shapes: drawn in memory; cifar100: the official archive; folder: train/<class>/* and val/ or test/ (default shapes)")
-    g.add_argument("--data-dir", help="the folder that holds the data set: cifar-100-python/, or train/ (default data)")
-    g.add_argument("--download", action="store_const", const=True, help="fetch cifar100 where it is missing")
-    g.add_argument("--image-size", type=number(int, 8, "a size of at least 8 pixels"), help="side in pixels; up to 64 trains with the CIFAR stem, pad-crop and flip, above with the ImageNet stem and random resized crops (default 32; folder: as its images up to 64 px, else 224)")
-    g.add_argument("--per-class", type=COUNT, metavar="N", help="train on the first N images of each class (default: all)")
+    g.add_argument("--dataset", choices=["shapes", "cifar100", "folder"], help="shapes: drawn in memory; cifar100: "
+                   "the official archive; folder: train/<class>/* and val/ or test/ (default shapes)")
+    g.add_argument("--data-dir", metavar="DIR", help="the folder that holds cifar-100-python/, or train/ "
+                   "(default data)")
+    g.add_argument("--download", action="store_true", default=None, help="fetch cifar100 where it is missing")
+    g.add_argument("--image-size", type=at_least(8), metavar="PX", help="side in pixels; up to 64 with the CIFAR stem, "
+                   "pad-crop and flip, above with the ImageNet stem and random resized crops (default 32; folder: the "
+                   "size of its images up to 64, else 224)")
+    g.add_argument("--per-class", type=at_least(1), metavar="N", help="train on the first N images of each class "
+                   "(default all)")
 
     g = p.add_argument_group("network")
-    g.add_argument("--arch", help=f"resnet18, resnet34, wrn16_2, wrn<depth>_<width>, or any name in torchvision.models with --blocks (default {recipe_values('arch')})")
-    g.add_argument("--blocks", type=lambda text: text.split(","), metavar="A,B,...", help="names of the modules whose outputs are F_1..F_n, shallow to deep, for a network of torchvision.models")
+    g.add_argument("--arch", help="resnet18, resnet34, wrn16_2, wrn<depth>_<width>, or with --blocks any name in "
+                   f"torchvision.models (default {recipe_values('arch')})")
+    g.add_argument("--blocks", type=lambda names: names.split(","), metavar="A,B,...", help="for a network of "
+                   "torchvision.models: the modules whose outputs are F_1..F_n, shallow to deep")
 
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=list(METHODS), help="frskd, or baseline: plain cross-entropy (default frskd)")
-    g.add_argument("--alpha", type=NOT_NEGATIVE, help=f"weight of the soft-label loss L_KD; larger trusts the self-teacher more, 0 is without (default {recipe_values('alpha')}: Sec. 4.1)")
-    g.add_argument("--beta", type=NOT_NEGATIVE, help=f"weight of the feature loss L_F; 0 is FRSKD\\F (default {recipe_values('beta')}: Sec. 4.1)")
-    g.add_argument("--temperature", type=POSITIVE, help="K of L_KD; larger softens both distributions (default 4: Sec. 4.1)")
-    g.add_argument("--teacher", choices=["bifpnc", "bifpn"], help="bifpnc: as wide as --width times the network's stages; bifpn: --channels at every level (default bifpnc: Sec. 3.1)")
-    g.add_argument("--width", type=COUNT, help="w of bifpnc; 1 is the cheaper teacher of Table 6 (default 2: Sec. 4.1)")
-    g.add_argument("--channels", type=COUNT, help="width of bifpn; Table 6 has 128 and 256 (default 256)")
+    g.add_argument("--method", choices=list(METHODS), help="baseline is plain cross-entropy (default frskd)")
+    g.add_argument("--alpha", type=not_negative, help="weight of the soft-label loss L_KD; larger trusts the "
+                   f"self-teacher more, 0 is without (default {recipe_values('alpha')}; Sec. 4.1)")
+    g.add_argument("--beta", type=not_negative, help="weight of the feature loss L_F; 0 is FRSKD\\F "
+                   f"(default {recipe_values('beta')}; Sec. 4.1)")
+    g.add_argument("--temperature", type=positive, help="K of L_KD; larger softens both distributions "
+                   "(default 4; Sec. 4.1)")
+    g.add_argument("--teacher", choices=["bifpnc", "bifpn"], help="bifpnc: --width times as wide as the network's "
+                   "blocks; bifpn: --channels wide at every block (default bifpnc; Sec. 3.1)")
+    g.add_argument("--width", type=at_least(1), help="w of bifpnc; 1 is the cheaper one of Table 6 "
+                   "(default 2; Sec. 4.1)")
+    g.add_argument("--channels", type=at_least(1), help="width of bifpn; Table 6 has 128 and 256 (default 256)")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=COUNT, help=f"(default {recipe_values('epochs')}: Sec. 4.1, shapes ours)")
-    g.add_argument("--milestones", type=lambda text: [COUNT(t) for t in text.split(",")], metavar="A,B,...", help="epochs after which the learning rate is divided by 10 (default 1/2 and 3/4 of --epochs: Sec. 4.1)")
-    g.add_argument("--batch-size", type=COUNT, help=f"(default {recipe_values('batch_size')}: Sec. 4.1, shapes ours)")
-    g.add_argument("--lr", type=POSITIVE, help="initial learning rate of SGD (default 0.1: Sec. 4.1)")
-    g.add_argument("--momentum", type=NOT_NEGATIVE, help="(default 0.9, not Nesterov: the authors' code, the paper is silent)")
-    g.add_argument("--weight-decay", type=NOT_NEGATIVE, help="on every parameter; 5e-4 is common elsewhere (default 1e-4: Sec. 4.1)")
+    g.add_argument("--epochs", type=at_least(1), help=f"(default {recipe_values('epochs')}; Sec. 4.1, shapes ours)")
+    g.add_argument("--milestones", type=lambda epochs: [at_least(1)(e) for e in epochs.split(",")], metavar="A,B,...",
+                   help="after these epochs the learning rate falls to a tenth (default 1/2 and 3/4 of --epochs; "
+                   "Sec. 4.1)")
+    g.add_argument("--batch-size", type=at_least(1), help=f"(default {recipe_values('batch_size')}; Sec. 4.1, shapes "
+                   "ours)")
+    g.add_argument("--lr", type=positive, help=f"of SGD, at the start (default {recipe_values('lr')}; Sec. 4.1, shapes "
+                   "ours)")
+    g.add_argument("--momentum", type=not_negative, help="not Nesterov (default 0.9, the authors' code; the paper is "
+                   "silent)")
+    g.add_argument("--weight-decay", type=not_negative, help="on every parameter; 5e-4 is common elsewhere (default "
+                   "1e-4; Sec. 4.1)")
 
     g = p.add_argument_group("run")
-    g.add_argument("--seed", type=number(int, 0, "a whole number of at least 0"), help="of initialisation, order and augmentation (default 0)")
-    g.add_argument("--workers", type=number(int, 0, "a whole number of at least 0"), help="processes that decode images above 64 px; changes no number (default 2)")
+    g.add_argument("--seed", type=at_least(0), help="of initialisation, order and augmentation (default 0)")
+    g.add_argument("--workers", type=at_least(0), help="processes that decode images above 64 px; changes no number "
+                   "(default 2)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
-    g.add_argument("--amp", action="store_const", const=True, help="bfloat16 autocast; losses stay in float32")
-    g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the method (BACKEND: inductor)")
-    g.add_argument("--output", metavar="DIR", help="folder of the run (default runs/<dataset>-<arch>-<name>-s<seed>)")
-    g.add_argument("--overwrite", action="store_const", const=True, help="replace the run that the folder holds")
-    g.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue from a run folder or its last.pt; without PATH from --output, afresh where it holds no checkpoint")
-    g.add_argument("--attention", type=COUNT, nargs="*", metavar="EPOCH", help="draw attention-<epoch>.png after these epochs (default attention.png at the end)")
+    g.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast; the losses stay in float32")
+    g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the method "
+                   "(BACKEND inductor)")
+    g.add_argument("--output", metavar="DIR", help="folder of the run (default "
+                   "runs/<dataset>-<arch>-<name>-s<seed>)")
+    g.add_argument("--overwrite", action="store_true", default=None, help="replace the run that the folder holds")
+    g.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue a run, its folder or last.pt; "
+                   "without PATH the one in --output, or a fresh one where that holds no checkpoint")
+    g.add_argument("--attention", type=at_least(1), nargs="*", metavar="EPOCH", help="draw attention-<epoch>.png after "
+                   "these epochs (default: attention.png at the end)")
 
     g = p.add_argument_group("instead of training")
-    g.add_argument("--eval", metavar="FILE", help="evaluate a last.pt or student.pt; with --attention draw its maps instead")
+    g.add_argument("--eval", metavar="FILE", help="evaluate a last.pt or student.pt; with --attention draw its maps")
     g.add_argument("--table", metavar="DIR", help="print the results of the runs below a folder as a markdown table")
     return p
+# fmt: on
 
 
 def check_options(given):
@@ -661,13 +687,16 @@ def check_options(given):
         refuse(["data_dir"], "has no effect with --dataset shapes, which is drawn in memory")
     if dataset != "cifar100":
         refuse(["download"], f"has no effect with --dataset {dataset}")
-    if "resume" in given:
-        refuse(["overwrite"], "and --resume do not go together")
     ours = arch is None or arch in ("resnet18", "resnet34") or re.fullmatch(r"wrn\d+_\d+", arch)
     if ours:
-        refuse(["blocks"], "is for the networks of torchvision.models; --arch " + (arch or "of the recipe") + " has its own")
+        refuse(
+            ["blocks"],
+            "is for the networks of torchvision.models; --arch " + (arch or "of the recipe") + " has its own",
+        )
     elif arch not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"--arch {arch}: neither resnet18, resnet34, wrn<depth>_<width> nor a name in torchvision.models")
+        raise UserError(
+            f"--arch {arch}: neither resnet18, resnet34, wrn<depth>_<width> nor a name in torchvision.models"
+        )
     elif "blocks" not in given:
         raise UserError(f"--arch {arch} needs --blocks, the modules whose outputs are F_1..F_n, such as --blocks a,b,c")
 
@@ -680,7 +709,9 @@ def check_values(args):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.compile and args.compile not in torch._dynamo.list_backends(()):
-        raise UserError(f"--compile {args.compile}: no such backend, there are {', '.join(torch._dynamo.list_backends())}")
+        raise UserError(
+            f"--compile {args.compile}: no such backend, there are {', '.join(torch._dynamo.list_backends())}"
+        )
     if args.compile == "inductor" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler on a CPU: install g++ or leave it out")
     if args.attention and max(args.attention) > args.epochs:
@@ -689,43 +720,48 @@ def check_values(args):
 
 def run_training(given, argv):
     """A fresh run, or one continued: -> exit status."""
-    checkpoint = None
-    if not given.get("resume"):  # fresh, or --resume without a path
+    if "resume" in given and "overwrite" in given:
+        raise UserError("--overwrite and --resume do not go together")
+    origin = given.get("resume")
+    if not origin:  # fresh, or --resume without a path
         check_options(given)
         args = resolve(given)
         args.name, args.argv = run_name(args), argv
         args.output = args.output or f"runs/{args.dataset}-{args.arch}-{args.name}-s{args.seed}"
         if "resume" in given and (Path(args.output) / "last.pt").exists():
-            given = given | dict(resume=args.output)
-    if given.get("resume"):
-        checkpoint = load_checkpoint(given["resume"])
+            origin = args.output
+    checkpoint = load_checkpoint(origin) if origin else None
+    if checkpoint:
         args = continued(checkpoint["args"], given)
-        origin = Path(given["resume"])
-        origin = origin if origin.is_dir() else origin.parent
-        args.output = given.get("output", str(origin))
-        if Path(args.output).resolve() != origin.resolve():
-            prepare_folder(args, overwrite=False)
-    check_values(args)
+        home = Path(origin) if Path(origin).is_dir() else Path(origin).parent
+        args.output = given.get("output", str(home))
     folder = Path(args.output)
-    if not checkpoint:
-        prepare_folder(args, overwrite=given.get("overwrite") or "resume" in given)
+    may_replace = "overwrite" in given or "resume" in given
+    if not may_replace or checkpoint and folder.resolve() != home.resolve():
+        refuse_to_overwrite(folder)
+    check_values(args)
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
 
-    with StopOnSignal() as stop:
-        try:
-            log = train(args, folder, checkpoint, stop)
-        except Stopped as stopped:
-            if (folder / "last.pt").exists():
-                print(f"\nstopped; continue with: python train.py --resume {shlex.quote(str(folder))}", file=sys.stderr)
-            else:
-                again = shlex.join([*argv, *["--overwrite"] * ("--overwrite" not in argv)])
-                print(f"\nstopped before the first checkpoint; start again with: python train.py {again}", file=sys.stderr)
-            return 128 + stopped.signum
-        except NonFinite as error:
-            print(f"train.py: error: {error}; {folder} keeps the last good checkpoint", file=sys.stderr)
-            return 1
+    loaders = build_loaders(args)
+    if not checkpoint:
+        for path in run_files(folder):
+            path.unlink()
+    try:
+        with StopOnSignal() as stop:
+            log = train(args, loaders, folder, checkpoint, stop)
+    except Stopped as stopped:
+        if (folder / "last.pt").exists():
+            how = f"continue with: python train.py --resume {shlex.quote(str(folder))}"
+        else:
+            again = argv if may_replace else [*argv, "--overwrite"]
+            how = f"no epoch was finished; start again with: python train.py {shlex.join(again)}"
+        print(f"train.py: stopped; {how}", file=sys.stderr)
+        return 128 + stopped.signum
+    except NonFinite as error:
+        print(f"train.py: error: {error}; {folder} keeps the last good checkpoint", file=sys.stderr)
+        return 1
     print(result_line(args, log))
     return 0
 
@@ -781,7 +817,7 @@ def main(argv=None):
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print("train.py: stopped", file=sys.stderr)
         return 130
 
 
