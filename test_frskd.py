@@ -135,9 +135,10 @@ def test_fast_normalized_fusion_by_hand():
 
 
 def test_resize_is_bilinear_up_and_max_pooling_down():
-    """Sec. 3.1. 4x4 filled 0..15, 3x3 windows of stride 2 with symmetric padding: 5, 7, 13, 15."""
+    """Sec. 3.1. 4x4 filled 0..15, and filled 15..0: 3x3 windows of stride 2 with symmetric padding."""
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert frskd.downsample(x, (2, 2)).flatten().tolist() == [5, 7, 13, 15]
+    assert frskd.downsample(15 - x, (2, 2)).flatten().tolist() == [15, 14, 11, 10]
     up = frskd.upsample(torch.tensor([[[[0.0, 4.0]]]]), (1, 4))
     assert up.flatten().tolist() == [0, 1, 3, 4]
 
@@ -281,10 +282,17 @@ def test_soft_labels_are_accepted():
     assert_close(hard, soft)
 
 
-def test_losses_are_float32_under_autocast():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms, logits = frskd_method()(*batch())
-    assert logits.dtype == torch.bfloat16 and {t.dtype for t in terms.values()} == {torch.float32}
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_are_computed_in_float32_from_bf16(autocast):
+    logits, logits_t = torch.randn(2, 4, 5).bfloat16()
+    feats, feats_t = ([torch.randn(4, c, 6, 6).bfloat16()] for c in (3, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        kd = frskd.soft_label_distillation(logits, logits_t)
+        feat = frskd.attention_transfer(feats, feats_t)
+        terms, _ = frskd_method()(*batch())
+    assert torch.equal(kd, frskd.soft_label_distillation(logits.float(), logits_t.float()))
+    assert torch.equal(feat, frskd.attention_transfer([feats[0].float()], [feats_t[0].float()]))
+    assert {term.dtype for term in terms.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kwargs", [dict(alpha=-1), dict(beta=-1), dict(temperature=0)])
@@ -357,6 +365,15 @@ def test_resnet_starts_from_torchvisions_initialisation():
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=7).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("build", [lambda: frskd.resnet18(7, stem="cifar"), lambda: frskd.WideResNet(10, 4, 7)])
+def test_every_convolution_starts_from_he_fan_out(build):
+    """torchvision's initialisation, of the CIFAR stem and of the WRN too: std = sqrt(2 / (c_out k^2))."""
+    torch.manual_seed(0)
+    for conv in (m for m in build().modules() if isinstance(m, nn.Conv2d)):
+        expected = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.15)
 
 
 def test_wrn_maps_are_what_both_branches_of_the_next_stage_read():
@@ -432,11 +449,11 @@ print(*terms, *logits.shape)
 def class_folders(root, per_class=8, size=16, classes=3, splits=("train", "test")):
     """Drawn shapes as PNG class folders, as `--dataset folder` reads them."""
     for k, split in enumerate(splits):
-        images, labels, _ = data.draw_shapes(per_class, size, seed=k)
+        images, labels, _ = data.draw_shapes(per_class, min(size, 96), seed=k)
         for i in range(classes * per_class):
             path = root / split / f"class{labels[i]}" / f"{i:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i].numpy()).save(path)
+            Image.fromarray(images[i].numpy()).resize((size, size)).save(path)
     return root
 
 
@@ -526,7 +543,7 @@ def test_cifar100_and_the_same_pixels_as_folders_give_the_same_numbers(tmp_path,
     monkeypatch.setattr(cifar, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": sums["meta"]})
 
-    options = "--arch wrn10_1 --per-class 6 --batch-size 8 --epochs 2 --device cpu".split()
+    options = "--arch wrn10_1 --batch-size 8 --epochs 2 --device cpu".split()
     for dataset, where in (("cifar100", tmp_path), ("folder", tmp_path / "folders")):
         assert main("--dataset", dataset, "--data-dir", where, options, "--output", tmp_path / dataset) == 0
     assert numbers(tmp_path / "cifar100") == numbers(tmp_path / "folder")
@@ -542,18 +559,23 @@ def device_loader(n=10, size=8, **kwargs):
 
 
 def test_small_images_are_cropped_from_a_zero_padding_of_4_and_flipped():
-    """Sec. 4.1: "random cropping and flipping". Each result is one of the 9 x 9 x 2 that its image can give."""
+    """Sec. 4.1: "random cropping and flipping". Each result is a window of its image, and all offsets occur."""
     images, loader = device_loader(n=60)
-    flips = set()
+    tops, lefts, flips = set(), set(), set()
     for x, y in loader.epoch(3):
         assert x.is_contiguous(memory_format=torch.channels_last)
         for result, i in zip((255 * x).round().byte(), y):
             padded = F.pad(images[i].permute(2, 0, 1), (4, 4, 4, 4))
-            windows = [padded[:, t : t + 8, l : l + 8] for t in range(9) for l in range(9)]
-            plain, flipped = (any(torch.equal(result, v) for v in vs) for vs in (windows, [w.flip(2) for w in windows]))
-            assert plain or flipped
-            flips.add(flipped)
-    assert flips == {True, False}
+            (found,) = (
+                (top, left, flip)
+                for top in range(9)
+                for left in range(9)
+                for flip in (False, True)
+                if torch.equal(result.flip(2) if flip else result, padded[:, top : top + 8, left : left + 8])
+            )
+            for seen, value in zip((tops, lefts, flips), found):
+                seen.add(value)
+    assert tops == lefts == set(range(9)) and flips == {False, True}
 
 
 def test_test_images_are_only_normalised():
@@ -565,15 +587,17 @@ def test_test_images_are_only_normalised():
     assert_close(x, expected)
 
 
-def test_an_epoch_depends_on_seed_and_epoch_alone():
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
     def epoch(loader, e):
-        return torch.cat([torch.cat([x.flatten(1), y[:, None]], 1) for x, y in loader.epoch(e)])
+        x, y = (torch.cat(parts) for parts in zip(*loader.epoch(e)))
+        return y, x[y.argsort()]  # the order; the augmented images, image by image
 
-    first, second = device_loader(seed=1)[1], device_loader(seed=1)[1]
+    first, second, other = (device_loader(seed=seed)[1] for seed in (1, 1, 2))
     list(first.epoch(0))
-    assert torch.equal(epoch(first, 5), epoch(second, 5))
-    assert not torch.equal(epoch(first, 5), epoch(first, 6))
-    assert not torch.equal(epoch(first, 5), epoch(device_loader(seed=2)[1], 5))
+    reference = epoch(first, 5)
+    assert all(map(torch.equal, reference, epoch(second, 5)))
+    for differs in (epoch(first, 6), epoch(other, 5)):
+        assert not torch.equal(reference[0], differs[0]) and not torch.equal(reference[1], differs[1])
 
 
 def test_every_image_is_seen_once_an_epoch_and_a_last_single_one_joins_the_batch_before():
@@ -591,7 +615,7 @@ def test_large_images_do_not_depend_on_the_number_of_workers(tmp_path):
         loader = data.make_loader(split, train=True, batch_size=5, image_size=72, seed=3, workers=workers)
         epochs.append([x for e in (0, 1) for x, _ in loader.epoch(e)])
     assert epochs[0][0].shape == (5, 3, 72, 72) and epochs[0][0].is_contiguous(memory_format=torch.channels_last)
-    assert not torch.equal(epochs[0][0], epochs[0][5])
+    assert not torch.equal(loader.dataset[0, 3][0], loader.dataset[1, 3][0])
     for other in epochs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(epochs[0], other))
 
@@ -714,6 +738,17 @@ def test_eval_with_attention_draws_the_teacher_only_from_last_pt(run, tmp_path):
         assert Image.open(tmp_path / "attention.png").size[1] == 24 + 4 * (rows * 116 + 4)
 
 
+def test_evaluation_is_of_the_network_at_rest(run):
+    """Running statistics, not the batch's: one image at a time gives the same accuracy."""
+    student = frskd.WideResNet(10, 1, 8).train()
+    student.load_state_dict(torch.load(run / "student.pt", weights_only=True))
+    test, off = data.load("shapes", image_size=16).test, torch.autocast("cpu", enabled=False)
+    accuracies = [
+        train.evaluate(student, data.make_loader(test, train=False, batch_size=n, image_size=16), off) for n in (1, 256)
+    ]
+    assert accuracies[0] == accuracies[1] == (log_of(run)[-1]["top1"], log_of(run)[-1]["top5"])
+
+
 def test_the_same_command_gives_the_same_numbers_and_another_seed_others(run, tmp_path):
     main(TINY, "--epochs 3 --output".split(), tmp_path / "b")
     main(TINY, "--epochs 3 --seed 1 --output".split(), tmp_path / "c")
@@ -798,6 +833,26 @@ def test_resume_without_a_path_starts_afresh_or_continues(tmp_path):
     first = (tmp_path / "last.pt").stat().st_mtime_ns
     assert main(options) == 0
     assert (tmp_path / "last.pt").stat().st_mtime_ns == first
+
+
+def test_a_signal_stops_after_the_step_in_hand():
+    class Signalling:
+        batch_size, drawn = 4, 0
+
+        def __len__(self):
+            return 9
+
+        def epoch(self, epoch):
+            for self.drawn in range(1, 10):
+                if self.drawn == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch()
+
+    method, loader = frskd_method(), Signalling()
+    optimizer, off = torch.optim.SGD(method.parameters(), 0.1), torch.autocast("cpu", enabled=False)
+    with train.StopOnSignal() as stop, pytest.raises(train.Stopped):
+        train.train_epoch(method, method, loader, optimizer, off, 0, "", stop)
+    assert loader.drawn == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, capsys):
@@ -990,8 +1045,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
 
 
 def test_ctrl_c_in_a_terminal_exits_with_130(tmp_path):
-    """A real process, with workers, its whole group signalled: no traceback, and how to resume."""
-    where = class_folders(tmp_path / "images", size=80)
+    """A real process that waits for its worker, its whole group signalled: no traceback, and how to resume."""
+    where = class_folders(tmp_path / "images", size=700)
     command = [
         sys.executable,
         HERE / "train.py",
