@@ -264,8 +264,8 @@ def _draw(labels, size, g):
 
 
 def draw_data(size):
-    """The data set `shapes`: eight classes, 250 training and 100 test images each, always the same."""
-    splits = [Split(*draw_shapes(n, size, seed)[:2]) for n, seed in ((250, 1), (100, 2))]
+    """The data set `shapes`: eight classes, 200 training and 100 test images each, always the same."""
+    splits = [Split(*draw_shapes(n, size, seed)[:2]) for n, seed in ((200, 1), (100, 2))]
     return Data(*splits, list(SHAPES))
 
 

@@ -477,7 +477,7 @@ def test_shapes_cannot_be_told_apart_by_their_colours():
 
 def test_training_and_test_shapes_differ():
     d = data.load("shapes", image_size=8)
-    assert len(d.train) == 2000 and len(d.test) == 800
+    assert len(d.train) == 1600 and len(d.test) == 800
     seen = {image.numpy().tobytes() for image in d.train.images}
     assert not any(image.numpy().tobytes() in seen for image in d.test.images)
 
@@ -777,8 +777,9 @@ def interrupted(capsys, folder, after, signum, *argv):
     """main, sent a signal as soon as `after` epochs are logged: it stops, says how to resume, and returns 128 + n."""
 
     def watch():
-        while not (folder / "log.jsonl").exists() or len(log_of(folder)) < after:
-            time.sleep(0.002)
+        log = folder / "log.jsonl"
+        while not log.exists() or log.read_bytes().count(b"\n") < after:
+            time.sleep(0.01)
         os.kill(os.getpid(), signum)
 
     thread = threading.Thread(target=watch)
@@ -858,7 +859,7 @@ def test_a_signal_stops_after_the_step_in_hand():
 def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, capsys):
     def watch():
         while not (tmp_path / "args.json").exists():
-            time.sleep(0.002)
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch).start()
@@ -970,7 +971,7 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--table /nowhere", "no run below this folder"),
         ("--resume /nowhere", "no such file: /nowhere"),
         ("--eval /nowhere", "no such file: /nowhere"),
-        ("--per-class 251", "class cross has 250 training images, fewer than --per-class 251"),
+        ("--per-class 201", "class cross has 200 training images, fewer than --per-class 201"),
         ("--per-class 2", "--batch-size 32 is larger than the training set of 16 images"),
         ("--output /proc/nowhere", "cannot make the folder /proc/nowhere"),
     ],
@@ -1019,9 +1020,9 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
 
 
 def test_overwrite_replaces_a_run(tmp_path):
-    main(TINY, "--epochs 2 --output".split(), tmp_path)
+    main(TINY, "--epochs 2 --attention 2 --output".split(), tmp_path)
     assert main(TINY, "--epochs 1 --overwrite --output".split(), tmp_path) == 0
-    assert len(log_of(tmp_path)) == 1
+    assert len(log_of(tmp_path)) == 1 and not (tmp_path / "attention-2.png").exists()
 
 
 def test_checkpoints_that_do_not_fit_are_refused(run, tmp_path, capsys):
