@@ -408,5 +408,8 @@ class SeededDataset(Dataset):
 
 
 def init_worker(_):
-    """Ctrl-C reaches the whole process group: the workers leave it to the main process."""
+    """Ctrl-C reaches the whole process group: the workers leave it to the main process.
+
+    A forked worker inherits the main process's handlers anyway; a spawned one starts with Python's own.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

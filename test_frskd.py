@@ -967,6 +967,7 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--compile nonsense", "--compile nonsense: no such backend"),
         ("--epochs 2 --attention 3", "--attention 3 is after the last of 2 epochs"),
         ("--arch wrn17_2", "--arch wrn17_2 at 32 px: a wide ResNet has depth 6 k + 4"),
+        ("--arch vit_b_32 --blocks encoder", "--arch vit_b_32 at 32 px: Wrong image height! Expected 224 but got 32!"),
         ("--arch squeezenet1_1 --blocks features.99", "no block named 'features.99'; the network has features"),
         ("--table /nowhere", "no run below this folder"),
         ("--resume /nowhere", "no such file: /nowhere"),

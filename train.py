@@ -139,7 +139,7 @@ def build_student(args, num_classes):
         aux = dict(aux_logits=False, init_weights=True) if args.arch in ("googlenet", "inception_v3") else {}
         net = torchvision.models.get_model(args.arch, num_classes=num_classes, **aux)
         return frskd.Adapter(net, args.blocks, args.image_size)
-    except (ValueError, RuntimeError) as error:  # of the adapter, or an image too small for the network
+    except (ValueError, RuntimeError, AssertionError) as error:  # the adapter, or images that do not suit the network
         raise UserError(f"--arch {args.arch} at {args.image_size} px: {error}") from None
 
 
