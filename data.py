@@ -68,10 +68,11 @@ class Data:
 # ---------------------------------------------------------------------------------------------------- data sets
 
 
-def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=False):
+def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=False, decoded=("train", "test")):
     """Reads a data set: name, folder, size in pixels, the first `per_class` training images of each class -> Data.
 
-    Up to 64 px the images come back as a uint8 tensor of that size, otherwise as they lie on disk.
+    Up to 64 px the images of the `decoded` splits come back as a uint8 tensor of that size, otherwise as they lie
+    on disk.
     Raises DataError where something is missing, unreadable or does not fit.
     """
     if dataset == "shapes":
@@ -85,7 +86,7 @@ def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=Fa
     if per_class is not None:
         data.train = first_per_class(data.train, per_class, data.classes)
     if image_size <= DEVICE_RESIDENT:
-        for name in ("train", "test"):
+        for name in decoded:
             split = getattr(data, name)
             split.images = decode(split.images, image_size, f"reading {name}")
     return data

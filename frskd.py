@@ -29,6 +29,8 @@ Maps are listed shallow (i = 1, large) to deep (i = n, small). Contents, in the 
     Cost       python frskd.py: Table 6 and the time of a training step
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -118,11 +120,8 @@ class Upsample(nn.Module):
             return upsample(x, size, self.mode)
         if not self.conv_first:
             return self.conv(upsample(x, size, self.mode))
-        conv, *bn_relu = self.conv
-        x = upsample(conv(x), size, self.mode)
-        for layer in bn_relu:
-            x = layer(x)
-        return x
+        conv, bn, relu = self.conv
+        return relu(bn(upsample(conv(x), size, self.mode)))
 
 
 class Downsample(nn.Module):
@@ -177,22 +176,20 @@ class SelfTeacher(nn.Module):
             raise ValueError(f"the self-teacher was built for {n} feature maps, got {len(feats)}")
         sizes = [f.shape[-2:] for f in feats]
         lateral = [layer(f) for layer, f in zip(self.lateral, feats)]  # Eq. 1, n maps (B, d_i, H_i, W_i)
-        lateral2 = [layer(f) for layer, f in zip(self.lateral2, feats[1:])]
+        lateral2 = [layer(f) for layer, f in zip(self.lateral2, feats[1:])]  # Eq. 1 again, i = 2..n
 
-        top_down = [lateral[-1]]  # P_n
-        for i in reversed(range(n - 1)):  # Eq. 2, first line
-            resized = self.up[i](F.relu(top_down[0]), sizes[i])
-            fused = fused_sum(self.top_down_weights[i], [lateral[i], resized])
-            top_down.insert(0, self.top_down[i](fused))
+        top_down = [None] * (n - 1) + [lateral[-1]]  # P_n = L_n
+        for i in reversed(range(n - 1)):  # Eq. 2, P_i
+            maps = [lateral[i], self.up[i](F.relu(top_down[i + 1]), sizes[i])]
+            top_down[i] = self.top_down[i](fused_sum(self.top_down_weights[i], maps))
 
         bottom_up = [top_down[0]]  # T_1 = P_1
-        feats_t = [F.relu(top_down[0])]
-        for i in range(1, n):  # Eq. 2, second line
-            maps = [lateral2[i - 1], self.down[i - 1](feats_t[-1], sizes[i])]
-            if i < n - 1:
-                maps.insert(1, F.relu(top_down[i]))
+        feats_t = [F.relu(bottom_up[0])]
+        for i in range(1, n):  # Eq. 2, T_i; T_n without P_n
+            middle = [F.relu(top_down[i])] if i < n - 1 else []
+            maps = [lateral2[i - 1], *middle, self.down[i - 1](feats_t[i - 1], sizes[i])]
             bottom_up.append(self.bottom_up[i - 1](fused_sum(self.bottom_up_weights[i - 1], maps)))
-            feats_t.append(F.relu(bottom_up[-1]))
+            feats_t.append(F.relu(bottom_up[i]))
 
         logits = self.fc(feats_t[-1].mean((2, 3)))  # (B, num_classes)
         return (logits, feats_t, bottom_up) if preact else (logits, feats_t)
@@ -234,7 +231,7 @@ def attention_transfer(feats, feats_t):
     if [f.shape[-2:] for f in feats] != [t.shape[-2:] for t in feats_t]:
         sizes, sizes_t = ([tuple(f.shape[-2:]) for f in maps] for maps in (feats, feats_t))
         raise ValueError(f"the feature maps of student and teacher differ in size: {sizes} and {sizes_t}")
-    return sum(F.mse_loss(attention_map(f), attention_map(t.detach())) for f, t in zip(feats, feats_t))
+    return sum(F.mse_loss(attention_map(f), attention_map(t.detach())) for f, t in zip(feats, feats_t))  # Eq. 3
 
 
 def soft_label_distillation(logits, logits_t, temperature=4.0):
@@ -245,7 +242,7 @@ def soft_label_distillation(logits, logits_t, temperature=4.0):
     """
     log_p = F.log_softmax(full_precision(logits) / temperature, dim=1)
     log_p_t = F.log_softmax(full_precision(logits_t.detach()) / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_p, log_p_t, reduction="batchmean", log_target=True)
+    return temperature**2 * F.kl_div(log_p, log_p_t, reduction="batchmean", log_target=True)  # Eq. 4
 
 
 # ----------------------------------------------------------------------------------------- The objective, Eq. 5
@@ -276,7 +273,7 @@ class FRSKD(nn.Module):
     def forward(self, x, y):
         logits, feats = self.student.features(x)
         logits_t, feats_t = self.teacher(feats)
-        terms = {
+        terms = {  # Eq. 5
             "ce": F.cross_entropy(full_precision(logits), y),
             "ce_t": F.cross_entropy(full_precision(logits_t), y),
         }
@@ -432,6 +429,18 @@ def wrn16_2(num_classes):
     return WideResNet(16, 2, num_classes)
 
 
+@contextmanager
+def evaluation_mode(net):
+    """net.eval() inside; afterwards each module is in the mode in which it was, frozen batch norms too."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 class Adapter(nn.Module):
     """Gives any image classifier `features`, by the names of its blocks (as in net.named_modules()).
 
@@ -446,16 +455,15 @@ class Adapter(nn.Module):
     def __init__(self, net, blocks, image_size=224):
         super().__init__()
         modules = dict(net.named_modules())
+        if not blocks or len(set(blocks)) < len(blocks):
+            raise ValueError(f"name each block once, and at least one, got {list(blocks)}")
         for block in blocks:
             if not block or block not in modules:
                 raise ValueError(f"no block named {block!r}; the network has {', '.join(outer_names(net))}")
         self.net, self.blocks = net, list(blocks)
         weight = next(net.parameters())
-        training = net.training
-        net.eval()
-        with torch.no_grad():
+        with evaluation_mode(net), torch.no_grad():
             _, outputs = self.run(torch.zeros(1, 3, image_size, image_size).to(weight))
-        net.train(training)
         ran = [block for block, _, _ in outputs]
         if ran != self.blocks:
             raise ValueError(f"the network runs these blocks as {ran}, not as {self.blocks}")
@@ -509,11 +517,9 @@ def cost(module, *inputs):
     """
     from fvcore.nn import FlopCountAnalysis
 
-    training = module.training
-    flops = FlopCountAnalysis(module.eval(), inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    total = flops.total()
-    module.train(training)
-    return sum(p.numel() for p in module.parameters()), total
+    with evaluation_mode(module):
+        flops = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return sum(p.numel() for p in module.parameters()), flops.total()
 
 
 def table6():

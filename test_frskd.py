@@ -155,6 +155,38 @@ def test_first_node_is_top_down_and_last_node_has_no_top_down_input():
     )
 
 
+def test_self_teacher_is_equation_2_written_out():
+    """Three levels, node by node, in the notation of the paper; ReLU where a map is read."""
+    torch.manual_seed(0)
+    teacher = frskd.BiFPNc([4, 6, 10], 3, width=2)
+    for w in (*teacher.top_down_weights, *teacher.bottom_up_weights):
+        nn.init.uniform_(w, 0.5, 2)
+    F1, F2, F3 = (torch.randn(4, c, s, s) for c, s in zip((4, 6, 10), (12, 6, 3)))
+    logits, feats_t, pre = teacher([F1, F2, F3], preact=True)
+
+    def fuse(w, *maps):
+        return sum(w_k * x for w_k, x in zip(w, maps)) / (w.sum() + 1e-4)
+
+    def up(k, x):
+        return teacher.up[k].conv(F.interpolate(x, scale_factor=2, mode="bilinear"))
+
+    def down(k, x):
+        return teacher.down[k].conv(F.max_pool2d(x, 3, 2, 1))
+
+    (v1, v2), (w2, w3) = teacher.top_down_weights, teacher.bottom_up_weights
+    L1, L2, L3 = (layer(f) for layer, f in zip(teacher.lateral, (F1, F2, F3)))
+    M2, M3 = (layer(f) for layer, f in zip(teacher.lateral2, (F2, F3)))
+    P3 = L3
+    P2 = teacher.top_down[1](fuse(v2, L2, up(1, F.relu(P3))))
+    P1 = teacher.top_down[0](fuse(v1, L1, up(0, F.relu(P2))))
+    T1 = P1
+    T2 = teacher.bottom_up[0](fuse(w2, M2, F.relu(P2), down(0, F.relu(T1))))
+    T3 = teacher.bottom_up[1](fuse(w3, M3, down(1, F.relu(T2))))
+    assert_close(pre, [T1, T2, T3], rtol=1e-4, atol=1e-4)
+    assert_close(feats_t, [F.relu(T1), F.relu(T2), F.relu(T3)], rtol=1e-4, atol=1e-4)
+    assert_close(logits, teacher.fc(F.relu(T3).mean((2, 3))), rtol=1e-4, atol=1e-4)
+
+
 def test_self_teacher_takes_any_size_of_map():
     """33x47 images: each map is resized to its neighbour's size."""
     terms, logits = frskd_method()(torch.randn(2, 3, 33, 47), torch.tensor([0, 1]))
@@ -404,12 +436,18 @@ def test_adapter_gives_the_outputs_of_the_named_blocks():
     logits, feats = student.features(x)
     assert student.channels == [64, 256] and torch.equal(logits, net(x))
     assert torch.equal(feats[0], ours.features(x)[1][0]) and torch.equal(feats[1], ours.features(x)[1][2])
+    net.train()
+    net.bn1.eval()  # a frozen batch norm stays frozen
+    frskd.Adapter(net, ["layer1"], image_size=32)
+    assert net.training and net.layer1.training and not net.bn1.training
     assert frskd.export(student) is net and not any(m._forward_hooks for m in net.modules())
 
 
 @pytest.mark.parametrize(
     "blocks, message",
     [
+        (["layer1", "layer1"], "name each block once"),
+        ([], "and at least one"),
         (["layer9"], "no block named 'layer9'; the network has conv1, bn1"),
         (["layer2", "layer1"], "runs these blocks as"),
         (["layer1", "fc"], "is not a \\(B, C, H, W\\) map"),
@@ -439,8 +477,8 @@ print(*terms, *logits.shape)
     assert run.stdout.split() == ["ce", "ce_t", "kd", "feat", "2", "5"], run.stderr
     tree = ast.parse((HERE / "frskd.py").read_text())
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    assert imported == {"torch", "torch.nn", "torch.nn.functional", "torchvision"}
-    assert not [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert imported == {"torch", "torch.nn", "torch.nn.functional", "torchvision", "contextlib"}
 
 
 # ------------------------------------------------------------------------------------------------- data sets
@@ -608,6 +646,24 @@ def test_every_image_is_seen_once_an_epoch_and_a_last_single_one_joins_the_batch
     assert [len(y) for _, y in device_loader(n=10)[1].epoch(0)] == [4, 4, 2]
 
 
+def test_large_test_images_are_resized_to_8_7_and_cropped(tmp_path):
+    """A white frame of an eighth a side, around black: the centre crop of 7/8 leaves a sixteenth less of it."""
+    path = tmp_path / "frame.png"
+    image = torch.zeros(160, 160, 3, dtype=torch.uint8)
+    image[:20], image[-20:], image[:, :20], image[:, -20:] = 255, 255, 255, 255
+    Image.fromarray(image.numpy()).save(path)
+    loader = data.make_loader(
+        data.Split([str(path)], torch.tensor([0])),
+        train=False,
+        batch_size=1,
+        image_size=140,
+        stats=((0,) * 3, (1,) * 3),
+    )
+    ((x, _),) = loader.epoch()
+    assert x.shape == (1, 3, 140, 140)
+    assert x[0, 0, 70, 9] == 1 and x[0, 0, 70, 10] == 0 and x[0, 0, 130, 70] == 1 and x[0, 0, 129, 70] == 0
+
+
 def test_large_images_do_not_depend_on_the_number_of_workers(tmp_path):
     split = data.load("folder", data_dir=class_folders(tmp_path, size=90), image_size=72).train
     epochs = []
@@ -654,9 +710,8 @@ def run(tmp_path_factory):
 
 def test_recipes_are_those_of_section_4_1():
     """Sec. 4.1: SGD, lr 0.1, weight decay 1e-4, 200 epochs, /10 at 100 and 150, K = 4, w = 2."""
-    for dataset, alpha, beta, batch_size in (("cifar100", 2, 100, 128),):
-        args = train.resolve(dict(dataset=dataset))
-        assert (args.alpha, args.beta, args.batch_size) == (alpha, beta, batch_size)
+    for recipe in ("cifar100", "folder up to 64 px", "folder above 64 px"):
+        args = train.resolve(dict(dataset="cifar100") | {k: v for k, v in train.RECIPES[recipe].items()})
         assert (args.epochs, args.milestones, args.lr, args.weight_decay) == (200, [100, 150], 0.1, 1e-4)
         assert (args.temperature, args.width, args.teacher, args.momentum) == (4, 2, "bifpnc", 0.9)
 
@@ -714,6 +769,9 @@ def test_attention_png_has_two_rows_an_image_and_a_column_a_block(run):
     picture = Image.open(run / "attention.png")
     assert picture.size == (150 + 4 * 116, 24 + 4 * (2 * 116 + 4))
     assert len(picture.getcolors(1 << 20)) > 500
+    tiles = {(x, y): picture.crop((x, y, x + 112, y + 112)).tobytes() for x in (150, 266) for y in (24, 140, 260, 376)}
+    assert tiles[150, 24] == tiles[150, 140] != tiles[150, 260] == tiles[150, 376]  # one input an image
+    assert len({tiles[266, y] for y in (24, 140, 260, 376)}) == 4  # a map of its own for each image and network
 
 
 def test_attention_is_drawn_after_the_epochs_asked_for(tmp_path):
@@ -749,6 +807,47 @@ def test_evaluation_is_of_the_network_at_rest(run):
     assert accuracies[0] == accuracies[1] == (log_of(run)[-1]["top1"], log_of(run)[-1]["top5"])
 
 
+def test_top_1_and_top_5_by_hand():
+    """Four images, the label ranked 1st, 2nd, 5th and 6th of seven classes."""
+
+    class Table(nn.Module):
+        def forward(self, x):
+            return -torch.arange(7.0).repeat(len(x), 1)  # class 0 first, class 6 last
+
+    split = data.Split(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, 1, 4, 5]))
+    loader = data.make_loader(split, train=False, batch_size=3, image_size=8)
+    assert train.evaluate(Table(), loader, torch.autocast("cpu", enabled=False)) == (25, 75)
+
+
+def test_logged_terms_are_means_over_images():
+    """Batches of 3 and 1 images with terms 1 and 5: 2, not 3. Soft labels count by their largest entry."""
+    method = frskd.Baseline(nn.Linear(2, 2))
+    method.student(torch.ones(1, 2)).sum().backward()
+    meter = train.Meter(method, epoch=0)
+    logits = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
+    meter.update({"ce": torch.tensor(1.0)}, logits, torch.tensor([0, 1, 0]))
+    meter.update({"ce": torch.tensor(5.0)}, logits[:1], torch.tensor([[0.7, 0.3]]))
+    assert meter.read() == {"ce": 2, "train_top1": 75}
+
+
+def test_the_optimiser_is_the_recipes(run):
+    """Sec. 4.1: SGD with weight decay 1e-4; one group, so on every parameter."""
+    (group,) = torch.load(run / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (1e-4, 0.9, False)
+
+
+def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path, capsys):
+    """One step an epoch: its terms and gradients are finite, what it makes of the weights is not."""
+    where = class_folders(tmp_path / "images", per_class=4)
+    options = ["--dataset", "folder", "--data-dir", where, "--arch", "wrn10_1", "--batch-size", 12, "--epochs", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.COMMON, "lr", 1e38)
+        patch.setitem(train.RECIPES, "folder up to 64 px", train.CIFAR | dict(lr=1e38))
+        assert main(options, "--device", "cpu", "--output", tmp_path / "run") == 1
+    assert "is not finite after epoch 1" in shown(capsys.readouterr().err)[-1]
+    assert not (tmp_path / "run/last.pt").exists()
+
+
 def test_the_same_command_gives_the_same_numbers_and_another_seed_others(run, tmp_path):
     main(TINY, "--epochs 3 --output".split(), tmp_path / "b")
     main(TINY, "--epochs 3 --seed 1 --output".split(), tmp_path / "c")
@@ -777,12 +876,14 @@ def interrupted(capsys, folder, after, signum, *argv):
     """main, sent a signal as soon as `after` epochs are logged: it stops, says how to resume, and returns 128 + n."""
 
     def watch():
-        log = folder / "log.jsonl"
+        log, deadline = folder / "log.jsonl", time.monotonic() + 120
         while not log.exists() or log.read_bytes().count(b"\n") < after:
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.01)
         os.kill(os.getpid(), signum)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     status = main(*argv)
     thread.join()
@@ -858,11 +959,12 @@ def test_a_signal_stops_after_the_step_in_hand():
 
 def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, capsys):
     def watch():
-        while not (tmp_path / "args.json").exists():
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "args.json").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=watch).start()
+    threading.Thread(target=watch, daemon=True).start()
     options = "--image-size 16 --arch wrn16_2 --device cpu --output".split() + [str(tmp_path)]
     assert main(options) == 130
     assert f"python train.py {shlex.join(options)} --overwrite" in capsys.readouterr().err
@@ -916,7 +1018,9 @@ def test_a_number_that_is_not_finite_ends_the_run_with_status_1(tmp_path, capsys
     capsys.readouterr()
     assert main("--resume", tmp_path) == 1
     error = shown(capsys.readouterr().err)[-1]
-    assert re.search(r"the term ce is not finite in epoch 2, step 2; .* keeps the last good checkpoint", error)
+    assert error == (
+        f"train.py: error: the term ce is not finite in epoch 2, step 2; {tmp_path / 'last.pt'} is of the epoch before"
+    )
     assert (tmp_path / "last.pt").read_bytes() == poisoned != before
 
 
@@ -960,16 +1064,23 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--temperature 0", "argument --temperature: '0' is not a number above 0"),
         ("--lr nan", "argument --lr: 'nan' is not a number above 0"),
         ("--epochs x", "argument --epochs: 'x' is not a whole number of at least 1"),
-        ("--milestones 5,3", "--milestones 5,3: the epochs must increase"),
+        ("--milestones 5,3", "--milestones 5,3: the epochs must increase and lie below 8"),
+        ("--milestones 4 --epochs 4", "--milestones 4: the epochs must increase and lie below 4"),
+        ("--momentum 1", "argument --momentum: '1' is not a number from 0 to below 1"),
+        ("--lr 1e300", "argument --lr: '1e300' is not a number above 0"),
+        ("--seed 99999999999999999999999", "argument --seed: '99999999999999999999999' is not a whole number"),
+        ("--output=", "argument --output: an empty name"),
+        ("--table . --epochs 3", "--table goes without any other option"),
         ("--epoch 5", "unrecognized arguments: --epoch 5"),
         ("--dataset cifar10", "invalid choice: 'cifar10'"),
-        ("--device tpu9", "--device tpu9"),
-        ("--compile nonsense", "--compile nonsense: no such backend"),
+        ("--device tpu9", "--device tpu9: no such device here, there are cpu"),
+        ("--device cuda:99", "--device cuda:99: no such device here, there are cpu"),
+        ("--compile nonsense", "argument --compile: invalid choice: 'nonsense'"),
         ("--epochs 2 --attention 3", "--attention 3 is after the last of 2 epochs"),
         ("--arch wrn17_2", "--arch wrn17_2 at 32 px: a wide ResNet has depth 6 k + 4"),
         ("--arch vit_b_32 --blocks encoder", "--arch vit_b_32 at 32 px: Wrong image height! Expected 224 but got 32!"),
         ("--arch squeezenet1_1 --blocks features.99", "no block named 'features.99'; the network has features"),
-        ("--table /nowhere", "no run below this folder"),
+        ("--table /nowhere", "no run in or below this folder"),
         ("--resume /nowhere", "no such file: /nowhere"),
         ("--eval /nowhere", "no such file: /nowhere"),
         ("--per-class 201", "class cross has 200 training images, fewer than --per-class 201"),
@@ -1020,6 +1131,34 @@ def test_a_run_is_never_overwritten_unasked(run, capsys):
     assert "--resume" in line and "--overwrite" in line and (run / "last.pt").read_bytes() == before
 
 
+def test_overwrite_that_fails_leaves_the_run(run, tmp_path, capsys):
+    """A network that cannot be built is noticed before the old run is removed."""
+    shutil.copytree(run, tmp_path / "a")
+    refused(capsys, "--arch squeezenet1_1 --blocks layer9 --overwrite --output".split(), tmp_path / "a")
+    refused(capsys, "--arch wrn17_1 --overwrite --output".split(), tmp_path / "a")
+    assert same_run(run, tmp_path / "a")
+
+
+def test_a_run_without_a_checkpoint_is_replaced_not_resumed(tmp_path, capsys):
+    (tmp_path / "args.json").write_text("{}")
+    line = refused(capsys, TINY, "--output", tmp_path)
+    assert "--overwrite" in line and "--resume" not in line
+
+
+def test_the_command_in_args_json_says_what_a_resume_changed(run, tmp_path):
+    shutil.copytree(run, tmp_path / "a")
+    main("--resume", tmp_path / "a", "--epochs", 4, "--workers", 1)
+    command = shlex.split(json.loads((tmp_path / "a/args.json").read_text())["command"])[2:]
+    given = vars(train.parser().parse_args(command))
+    assert (given["epochs"], given["milestones"], given["workers"], given["arch"]) == (4, [1, 2], 1, "wrn10_1")
+
+
+def test_a_single_value_for_batch_norm_is_refused(tmp_path, capsys):
+    where = class_folders(tmp_path / "images", per_class=4, size=8)
+    options = ["--dataset", "folder", "--data-dir", where, "--batch-size", 1, "--device", "cpu"]
+    assert "batch norm cannot normalise one value a channel: --batch-size 1" in refused(capsys, options)
+
+
 def test_overwrite_replaces_a_run(tmp_path):
     main(TINY, "--epochs 2 --attention 2 --output".split(), tmp_path)
     assert main(TINY, "--epochs 1 --overwrite --output".split(), tmp_path) == 0
@@ -1033,7 +1172,23 @@ def test_checkpoints_that_do_not_fit_are_refused(run, tmp_path, capsys):
     assert "is not the last.pt of a run" in refused(capsys, "--resume", run / "student.pt")
     other = tmp_path / "student.pt"
     torch.save(frskd.WideResNet(16, 1, 8).state_dict(), other)
-    assert "the weights do not fit wrn10_1" in refused(capsys, "--eval", other, TINY)
+    assert "the checkpoint does not fit wrn10_1" in refused(capsys, "--eval", other, TINY)
+
+
+@pytest.mark.parametrize("change", [dict(args=[]), dict(args={}), dict(log="x"), dict(optimizer={}), dict(method={})])
+def test_a_checkpoint_of_another_content_is_refused(run, tmp_path, capsys, change):
+    torch.save(torch.load(run / "last.pt", weights_only=True) | change, tmp_path / "last.pt")
+    line = refused(capsys, "--resume", tmp_path)
+    assert "is not the last.pt of a run" in line or "the checkpoint does not fit" in line
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": 1}'])
+def test_args_json_of_another_content_is_refused(run, tmp_path, capsys, content):
+    shutil.copy(run / "student.pt", tmp_path)
+    (tmp_path / "args.json").write_text(content)
+    assert f"{tmp_path / 'args.json'} does not hold the values" in refused(capsys, "--eval", tmp_path / "student.pt")
+    assert main("--table", tmp_path) == 0
+    assert "not a run that can be read" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):

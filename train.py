@@ -59,7 +59,7 @@ TAGS = dict(
     momentum="m", batch_size="bs", image_size="px", per_class="n", epochs="e", milestones="ms",
 )  # fmt: skip
 TEACHER_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels")
-THIS_CALL = ("output", "resume", "eval")  # not kept in a checkpoint
+THIS_CALL = ("output", "overwrite", "resume", "eval")  # not kept in a checkpoint
 MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", *THIS_CALL)  # from the checkpoint's values
 
 
@@ -90,13 +90,13 @@ def resolve(given):
     args.recipe = recipe
     if "milestones" not in given:
         args.milestones = default_milestones(args.epochs)
-    if args.milestones != sorted(set(args.milestones)):
-        raise UserError(f"--milestones {text(args.milestones)}: the epochs must increase")
+    if args.milestones != sorted(set(args.milestones)) or args.milestones[-1:] >= [args.epochs]:
+        raise UserError(f"--milestones {text(args.milestones)}: the epochs must increase and lie below {args.epochs}")
     return args
 
 
 def default_milestones(epochs):
-    return sorted({max(1, int(epochs * fraction)) for fraction in MILESTONES})
+    return sorted({int(epochs * fraction) for fraction in MILESTONES} - {0})
 
 
 def run_name(args):
@@ -120,7 +120,7 @@ def run_name(args):
 def text(value):
     """A value as one would type it."""
     if isinstance(value, list):
-        return ",".join(text(v) for v in value)
+        return ",".join(text(v) for v in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -163,14 +163,15 @@ def build_method(args, num_classes):
     return method.to(args.device, memory_format=torch.channels_last)
 
 
-def build_loaders(args):
-    """-> data, training loader, test loader."""
+def build_loaders(args, train=True):
+    """-> data, training loader, test loader; without `train`, the data and the test loader alone."""
     loaded = data.load(
         args.dataset,
         data_dir=args.data_dir,
         image_size=args.image_size,
-        per_class=args.per_class,
+        per_class=args.per_class if train else None,
         download=args.download,
+        decoded=("train", "test") if train else ("test",),
     )
     small = args.image_size <= data.DEVICE_RESIDENT or args.dataset == "cifar100"
     options = dict(
@@ -181,8 +182,8 @@ def build_loaders(args):
         workers=args.workers,
         device=args.device,
     )
-    train_loader = data.make_loader(loaded.train, train=True, **options)
-    return loaded, train_loader, data.make_loader(loaded.test, train=False, **options)
+    loaders = [data.make_loader(loaded.train, train=True, **options)] if train else []
+    return loaded, *loaders, data.make_loader(loaded.test, train=False, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- loop
@@ -224,9 +225,11 @@ def train(args, loaders, folder, checkpoint, stop):
     )
     log = []
     if checkpoint:
-        load_weights(method, checkpoint["method"], args)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_state(method, checkpoint["method"], args)
+        load_state(optimizer, checkpoint["optimizer"], args)
         log = checkpoint["log"]
+    else:
+        remove_run(folder)
     write_run(folder, args, loaded, log)
 
     autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
@@ -237,6 +240,7 @@ def train(args, loaders, folder, checkpoint, stop):
         title = f"epoch {epoch + 1}/{args.epochs}"
         means, clock = train_epoch(forward, method, train_loader, optimizer, autocast, epoch, title, stop)
         top1, top5 = evaluate(method.student, test_loader, autocast, stop)
+        check_finite(method, top1, epoch)
         log.append(dict(epoch=epoch + 1, lr=lr, **means, top1=top1, top5=top5, **clock))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
         print(f"{title}  lr {lr:g}  {terms}  top-1 {top1:.2f}  {clock['images_per_s']:.0f} images/s", flush=True)
@@ -291,18 +295,29 @@ class Meter:
 
 @torch.no_grad()
 def evaluate(student, loader, autocast, stop=None):
-    """-> top-1 and top-5 accuracy in percent, of the student alone, in evaluation mode."""
+    """-> top-1 and top-5 accuracy in percent, of the student alone, in evaluation mode; nan if a logit is not finite."""
     student.eval()
-    hits = 0
+    counts = 0
     for x, y in loader.epoch():
         with autocast:
             logits = student(x)
-        ranked = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-        hits = hits + torch.stack([ranked[:, 0].sum(), ranked.sum()])
+        hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+        counts = counts + torch.stack([hits[:, 0].sum(), hits.sum(), (~logits.isfinite()).sum()])
         if stop:
             stop.check()
-    top1, top5 = (100 * hits / len(loader.split)).tolist()
-    return top1, top5
+    top1, top5, not_finite = counts.tolist()
+    if not_finite:
+        return math.nan, math.nan
+    return 100 * top1 / len(loader.split), 100 * top5 / len(loader.split)
+
+
+def check_finite(method, top1, epoch):
+    """The update of an epoch's last step shows in none of its terms: look before the weights are saved."""
+    for name, tensor in method.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFinite(f"{name} is not finite after epoch {epoch + 1}")
+    if math.isnan(top1):
+        raise NonFinite(f"a logit of a test image is not finite after epoch {epoch + 1}")
 
 
 class StopOnSignal:
@@ -331,11 +346,13 @@ def progress_bar(steps, title):
     return tqdm(total=steps, desc=title, leave=False, mininterval=0.1 if sys.stderr.isatty() else 5)
 
 
-def result_line(args, log):
+def result_line(args, log, test_name):
+    """The last line of a run; a folder's says which split it was evaluated on."""
     last, best = log[-1], max(log, key=lambda entry: entry["top1"])
+    split = f" on {test_name}" if args.dataset == "folder" else ""
     return (
         f"{args.dataset} {args.arch} {args.name} seed {args.seed}: top-1 {last['top1']:.2f} top-5 {last['top5']:.2f} "
-        f"(last epoch; best {best['top1']:.2f} at epoch {best['epoch']})"
+        f"(last epoch{split}; best {best['top1']:.2f} at epoch {best['epoch']})"
     )
 
 
@@ -351,7 +368,16 @@ def run_files(folder):
 
 def refuse_to_overwrite(folder):
     if run_files(folder):
-        raise UserError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
+        how = "continue it with --resume or " if (Path(folder) / "last.pt").exists() else ""
+        raise UserError(f"{folder} already holds a run: {how}replace it with --overwrite")
+
+
+def remove_run(folder):
+    for path in run_files(folder):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {error.strerror}") from None
 
 
 def write_run(folder, args, loaded, log):
@@ -365,10 +391,10 @@ def write_run(folder, args, loaded, log):
         threads=torch.get_num_threads(),
         train_images=len(loaded.train),
         test_images=len(loaded.test),
-        test_split=loaded.test_name,
+        test_name=loaded.test_name,
         num_classes=len(loaded.classes),
     )
-    values = {k: v for k, v in vars(args).items() if k != "argv"}
+    values = {k: v for k, v in vars(args).items() if k not in ("argv", "overwrite", "resume")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -395,7 +421,8 @@ def write_atomically(path, write):
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def save_checkpoint(folder, method, optimizer, args, log):
@@ -416,19 +443,24 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except Exception as error:  # cut short, no zip file, a foreign pickle ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be read ({reason})") from None
+    except Exception as error:  # cut short, no zip file, a foreign pickle ...: torch's own text is long
+        raise UserError(f"{path} is not a checkpoint that can be read: {type(error).__name__}") from None
 
 
-def load_checkpoint(path):
-    """last.pt of a run folder, or the file itself -> its content."""
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
-    checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not {"args", "method", "optimizer", "log"} <= set(checkpoint):
-        raise UserError(f"{path} is not the last.pt of a run")
-    return checkpoint
+def is_checkpoint(content):
+    """Whether it is what save_checkpoint wrote to a last.pt."""
+    return (
+        isinstance(content, dict)
+        and {"args", "method", "optimizer", "log"} <= set(content)
+        and is_values(content["args"])
+        and isinstance(content["log"], list)
+    )
+
+
+def is_values(content):
+    """Whether it is the values of a run, as a checkpoint and an args.json hold them."""
+    needed = {*COMMON, *RUN, "dataset", "arch", "alpha", "beta", "epochs", "milestones", "recipe", "name"} - {"output"}
+    return isinstance(content, dict) and needed <= set(content) and content["method"] in METHODS
 
 
 def continued(saved, given):
@@ -439,30 +471,35 @@ def continued(saved, given):
         kept = getattr(args, key, None)
         if value != kept and key not in MAY_DIFFER and not (key == "epochs" and more > args.epochs):
             hint = "only more are possible" if key == "epochs" and more else "leave it out"
-            raise UserError(
-                f"--{key.replace('_', '-')} {text(value)} differs from the checkpoint's {text(kept)}: {hint}"
-            )
+            raise UserError(f"{option(key)} {text(value)} differs from the checkpoint's {text(kept)}: {hint}")
+        if value != kept and key not in ("resume", "eval"):  # so that args.json's command says it too
+            args.argv = [*getattr(args, "argv", []), option(key), *([] if value is True else [text(value)])]
         setattr(args, key, value)
     if more > saved["epochs"]:
-        args.argv = [*args.argv, "--epochs", str(more), "--milestones", text(args.milestones)]
+        args.argv += ["--milestones", text(args.milestones)]
     args.name = run_name(args)
     return args
 
 
-def load_weights(module, state, args):
+def option(key):
+    return "--" + key.replace("_", "-")
+
+
+def load_state(target, state, args):
+    """target.load_state_dict, of a network, a method or an optimiser."""
     try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reasons = [line.strip() for line in str(error).splitlines() if line.strip()]
+        target.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+        reasons = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = reasons[1] if len(reasons) > 1 else reasons[0]
-        raise UserError(f"the weights do not fit {args.arch}, {args.method}: {reason[:200]}") from None
+        raise UserError(f"the checkpoint does not fit {args.arch}, {args.method}: {reason[:200]}") from None
 
 
 # ---------------------------------------------------------------------------------------- pictures and tables
 
 
 @torch.no_grad()
-def draw_attention(method, loader, loaded, path, images=4, cell=112):
+def draw_attention(method, loader, loaded, path, images=4, side=112):
     """The paper's Figure 3: for a few test images, the attention map of each block.
 
     Per image one row for the classifier and, where the method has a teacher, one for the self-teacher: the input,
@@ -477,55 +514,59 @@ def draw_attention(method, loader, loaded, path, images=4, cell=112):
     if hasattr(method, "teacher"):
         rows.append(("self-teacher", *method.teacher(feats)))
 
-    margin, header, gap = 150, 24, 4
-    width = margin + (1 + len(feats)) * (cell + gap)
-    picture = Image.new("RGB", (width, header + len(index) * (len(rows) * (cell + gap) + gap)), "white")
+    margin, header, step = 150, 24, side + 4
+    picture = Image.new(
+        "RGB", (margin + (1 + len(feats)) * step, header + len(index) * (len(rows) * step + 4)), "white"
+    )
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for k, title in enumerate(["input"] + [f"block {i + 1}" for i in range(len(feats))]):
-        draw.text((margin + k * (cell + gap), 5), title, "black", font)
-    shades = torch.tensor([[0.0, 0, 0.4], [0, 0.3, 1], [0, 0.9, 0.9], [1, 0.9, 0], [0.8, 0, 0]]).T[None]  # (1, 3, 5)
-    palette = F.interpolate(shades, 256, mode="linear", align_corners=True)[0].T  # (256, 3), blue to red
+        draw.text((margin + k * step, 5), title, "black", font)
     y = header
     for n, i in enumerate(index):
-        resized = F.interpolate(raw[n : n + 1].float().cpu() / 255, (cell, cell), mode="bilinear", antialias=True)[0]
+        image = F.interpolate(raw[n : n + 1].float().cpu() / 255, (side, side), mode="bilinear", antialias=True)[0]
         for name, row_logits, maps in rows:
             truth, predicted = (loaded.classes[c] for c in (loader.split.labels[i], row_logits[n].argmax()))
             draw.text((4, y + 30), f"{truth[:20]}\n\n{name}\nsays {predicted[:16]}", "black", font)
-            tiles = [resized]
-            for feat in maps:
-                heat = frskd.attention_map(feat[n : n + 1]).cpu().view(1, 1, *feat.shape[-2:])
-                heat = F.interpolate(heat, (cell, cell), mode="bilinear")[0, 0]
-                heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)
-                tiles.append(0.35 * resized.mean(0) + 0.65 * palette[(255 * heat).long()].permute(2, 0, 1))
-            for k, tile in enumerate(tiles):
+            for k, tile in enumerate([image] + [heat_map(feat[n], image) for feat in maps]):
                 tile = Image.fromarray((tile * 255).byte().permute(1, 2, 0).numpy())
-                picture.paste(tile, (margin + k * (cell + gap), y))
-            y += cell + gap
-        y += gap
+                picture.paste(tile, (margin + k * step, y))
+            y += step
+        y += 4
     write_atomically(path, lambda file: picture.save(file, format="png"))
+
+
+def heat_map(feat, image):
+    """Attention map of one feature map (C, h, w), from blue to red over an image (3, H, W) of 0..1 -> (3, H, W)."""
+    heat = frskd.attention_map(feat[None]).cpu().view(1, 1, *feat.shape[-2:])
+    heat = F.interpolate(heat, image.shape[-2:], mode="bilinear")[0, 0]
+    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)
+    shades = torch.tensor([[0.0, 0, 0.4], [0, 0.3, 1], [0, 0.9, 0.9], [1, 0.9, 0], [0.8, 0, 0]]).T[None]  # (1, 3, 5)
+    palette = F.interpolate(shades, 256, mode="linear", align_corners=True)[0]  # (3, 256)
+    return 0.35 * image.mean(0) + 0.65 * palette[:, (255 * heat).long()]
 
 
 def print_table(folder):
     """Mean and standard deviation over seeds of the runs below a folder, laid out as Table 1, in markdown."""
     rows, columns, left_out = {}, set(), []
-    for path in sorted(Path(folder).glob("*/args.json")):
+    for path in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
         try:
             args = json.loads(path.read_text())
             log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
-            where = f" ({Path(args['data_dir']).resolve().name})" if args["dataset"] == "folder" else ""
-            column = f"{args['dataset']}{where} {args['arch']}"
+            top1 = [float(entry["top1"]) for entry in log]
+            source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
+            column = f"{args['dataset']}{source} {args['arch']}"
             seeds = rows.setdefault(args["name"], {}).setdefault(column, {})
-            if len(log) < args["epochs"]:
+            if not log or len(log) < args["epochs"]:
                 left_out.append(f"- {path.parent}: unfinished, {len(log)} of {args['epochs']} epochs")
             elif args["seed"] in seeds:
                 left_out.append(f"- {path.parent}: seed {args['seed']} again")
             else:
-                seeds[args["seed"]] = log[-1]["top1"], max(entry["top1"] for entry in log)
+                seeds[args["seed"]] = top1[-1], max(top1)
                 columns.add(column)
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path.parent} does not hold a run that can be read: move it away") from None
-    if not rows:
-        raise UserError(f"--table {folder}: no run below this folder (a run has an args.json)")
+            left_out.append(f"- {path.parent}: not a run that can be read")
+    if not rows and not left_out:
+        raise UserError(f"--table {folder}: no run in or below this folder (a run has an args.json)")
     columns = sorted(columns)
     print("Top-1 accuracy in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
     print("| method |" + "".join(f" {column} |" for column in columns))
@@ -563,7 +604,7 @@ def at_least(low):
     """An argparse type: a whole number of at least `low`."""
 
     def whole(string):
-        if not re.fullmatch(r"-?\d+", string) or int(string) < low:
+        if not re.fullmatch(r"-?\d{1,9}", string) or int(string) < low:
             raise argparse.ArgumentTypeError(f"{string!r} is not a whole number of at least {low}")
         return int(string)
 
@@ -578,14 +619,28 @@ def positive(string):
     return finite_number(string, lambda value: value > 0, "above 0")
 
 
+def below_one(string):
+    return finite_number(string, lambda value: 0 <= value < 1, "from 0 to below 1")
+
+
 def finite_number(string, fits, meaning):
     try:
         value = float(string)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and fits(value)):
+    if not (value <= 1e6 and fits(value)):
         raise argparse.ArgumentTypeError(f"{string!r} is not a number {meaning}")
     return value
+
+
+def epoch_list(string):
+    return [] if string == "none" else [at_least(1)(epoch) for epoch in string.split(",")]
+
+
+def folder_name(string):
+    if not string:
+        raise argparse.ArgumentTypeError("an empty name")
+    return string
 
 
 def recipe_values(key):
@@ -635,14 +690,13 @@ def parser():
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=at_least(1), help=f"(default {recipe_values('epochs')}; Sec. 4.1, shapes ours)")
-    g.add_argument("--milestones", type=lambda epochs: [at_least(1)(e) for e in epochs.split(",")], metavar="A,B,...",
-                   help="after these epochs the learning rate falls to a tenth (default 1/2 and 3/4 of --epochs; "
-                   "Sec. 4.1)")
+    g.add_argument("--milestones", type=epoch_list, metavar="A,B,...", help="after these epochs the "
+                   "learning rate falls to a tenth; none is constant (default 1/2 and 3/4 of --epochs; Sec. 4.1)")
     g.add_argument("--batch-size", type=at_least(1), help=f"(default {recipe_values('batch_size')}; Sec. 4.1, shapes "
                    "ours)")
     g.add_argument("--lr", type=positive, help=f"of SGD, at the start (default {recipe_values('lr')}; Sec. 4.1, shapes "
                    "ours)")
-    g.add_argument("--momentum", type=not_negative, help="not Nesterov (default 0.9, the authors' code; the paper is "
+    g.add_argument("--momentum", type=below_one, help="not Nesterov (default 0.9, the authors' code; the paper is "
                    "silent)")
     g.add_argument("--weight-decay", type=not_negative, help="on every parameter; 5e-4 is common elsewhere (default "
                    "1e-4; Sec. 4.1)")
@@ -653,13 +707,13 @@ def parser():
                    "(default 2)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     g.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast; the losses stay in float32")
-    g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the method "
-                   "(BACKEND inductor)")
-    g.add_argument("--output", metavar="DIR", help="folder of the run (default "
+    g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
+                   help="torch.compile the method, by this backend (inductor where none is named)")
+    g.add_argument("--output", type=folder_name, metavar="DIR", help="folder of the run (default "
                    "runs/<dataset>-<arch>-<name>-s<seed>)")
     g.add_argument("--overwrite", action="store_true", default=None, help="replace the run that the folder holds")
-    g.add_argument("--resume", nargs="?", const="", metavar="PATH", help="continue a run, its folder or last.pt; "
-                   "without PATH the one in --output, or a fresh one where that holds no checkpoint")
+    g.add_argument("--resume", nargs="?", const=True, type=folder_name, metavar="PATH", help="continue a run, its "
+                   "folder or last.pt; without PATH the one in --output, or a fresh one where that holds no checkpoint")
     g.add_argument("--attention", type=at_least(1), nargs="*", metavar="EPOCH", help="draw attention-<epoch>.png after "
                    "these epochs (default: attention.png at the end)")
 
@@ -678,7 +732,7 @@ def check_options(given):
     def refuse(keys, reason):
         for key in keys:
             if key in given:
-                raise UserError(f"--{key.replace('_', '-')} {reason}")
+                raise UserError(f"{option(key)} {reason}")
 
     if method == "baseline":
         refuse(TEACHER_OPTIONS, "has no effect with --method baseline, which has no teacher")
@@ -703,51 +757,59 @@ def check_options(given):
 
 def check_values(args):
     """Values that this machine or the schedule does not bear."""
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    if args.compile and args.compile not in torch._dynamo.list_backends(()):
-        raise UserError(
-            f"--compile {args.compile}: no such backend, there are {', '.join(torch._dynamo.list_backends())}"
-        )
-    if args.compile == "inductor" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    there = {"cpu": 1, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.device_count()}
+    kind, _, number = args.device.partition(":")
+    if not (number or "0").isdigit() or int(number or 0) >= there.get(kind, 0):
+        names = ", ".join(name for name, count in there.items() if count)
+        raise UserError(f"--device {args.device}: no such device here, there are {names}")
+    if args.compile == "inductor" and kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler on a CPU: install g++ or leave it out")
     if args.attention and max(args.attention) > args.epochs:
         raise UserError(f"--attention {max(args.attention)} is after the last of {args.epochs} epochs")
 
 
+def fresh(given, argv):
+    """The values of a new run."""
+    check_options(given)
+    args = resolve(given)
+    args.name, args.argv = run_name(args), [a for a in argv if a not in ("--overwrite", "--resume")]
+    args.output = args.output or f"runs/{args.dataset}-{args.arch}-{args.name}-s{args.seed}"
+    return args
+
+
+def resumed(path, given):
+    """The values of the run at `path`, a folder or its last.pt, and its checkpoint."""
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    checkpoint = load_file(path)
+    if not is_checkpoint(checkpoint):
+        raise UserError(f"{path} is not the last.pt of a run")
+    args = continued(checkpoint["args"], given)
+    args.output = given.get("output", str(path.parent))
+    if Path(args.output).resolve() != path.parent.resolve():
+        refuse_to_overwrite(args.output)
+    return args, checkpoint
+
+
 def run_training(given, argv):
     """A fresh run, or one continued: -> exit status."""
-    if "resume" in given and "overwrite" in given:
+    resume, checkpoint = given.get("resume"), None
+    if resume and "overwrite" in given:
         raise UserError("--overwrite and --resume do not go together")
-    origin = given.get("resume")
-    if not origin:  # fresh, or --resume without a path
-        check_options(given)
-        args = resolve(given)
-        args.name, args.argv = run_name(args), argv
-        args.output = args.output or f"runs/{args.dataset}-{args.arch}-{args.name}-s{args.seed}"
-        if "resume" in given and (Path(args.output) / "last.pt").exists():
-            origin = args.output
-    checkpoint = load_checkpoint(origin) if origin else None
-    if checkpoint:
-        args = continued(checkpoint["args"], given)
-        home = Path(origin) if Path(origin).is_dir() else Path(origin).parent
-        args.output = given.get("output", str(home))
-    folder = Path(args.output)
-    may_replace = "overwrite" in given or "resume" in given
-    if not may_replace or checkpoint and folder.resolve() != home.resolve():
-        refuse_to_overwrite(folder)
+    if resume in (None, True):  # True: without a path
+        args = fresh(given, argv)
+        if resume and (Path(args.output) / "last.pt").exists():
+            resume = args.output
+        elif not resume and "overwrite" not in given:
+            refuse_to_overwrite(args.output)
+    if resume not in (None, True):
+        args, checkpoint = resumed(resume, given)
     check_values(args)
+    folder = Path(args.output)
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
 
     loaders = build_loaders(args)
-    if not checkpoint:
-        for path in run_files(folder):
-            path.unlink()
     try:
         with StopOnSignal() as stop:
             log = train(args, loaders, folder, checkpoint, stop)
@@ -755,14 +817,21 @@ def run_training(given, argv):
         if (folder / "last.pt").exists():
             how = f"continue with: python train.py --resume {shlex.quote(str(folder))}"
         else:
-            again = argv if may_replace else [*argv, "--overwrite"]
-            how = f"no epoch was finished; start again with: python train.py {shlex.join(again)}"
+            how = f"no epoch was finished; start again with: python train.py {shlex.join(args.argv)} --overwrite"
         print(f"train.py: stopped; {how}", file=sys.stderr)
         return 128 + stopped.signum
     except NonFinite as error:
-        print(f"train.py: error: {error}; {folder} keeps the last good checkpoint", file=sys.stderr)
+        kept = f"; {folder / 'last.pt'} is of the epoch before" if (folder / "last.pt").exists() else ""
+        print(f"train.py: error: {error}{kept}", file=sys.stderr)
         return 1
-    print(result_line(args, log))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"batch norm cannot normalise one value a channel: --batch-size {args.batch_size} and --image-size "
+            f"{args.image_size} leave a single one, take larger ones"
+        ) from None
+    print(result_line(args, log, loaders[0].test_name))
     return 0
 
 
@@ -773,25 +842,23 @@ def run_eval(given):
     path = Path(given["eval"])
     state = load_file(path)
     draw = given.pop("attention", None) is not None
-    whole = isinstance(state, dict) and "method" in state and "args" in state
     beside = path.with_name("args.json")
-    if whole:
-        args = continued(state["args"], given)
-    elif beside.exists():
-        args = continued(json.loads(beside.read_text()), given)
-    else:
+    whole = is_checkpoint(state)
+    if whole or beside.exists():
+        args = continued(state["args"] if whole else read_values(beside), given)
+        name = f"{args.name} seed {args.seed}"
+    else:  # the command line says what the file holds
         check_options(given)
-        args = resolve(given)
-        args.name = run_name(args)
+        args, name = resolve(given), path.name
     check_values(args)
-    loaded, _, loader = build_loaders(args)
-    if whole:
-        method = build_method(args, len(loaded.classes))
-        load_weights(method, state["method"], args)
-    else:
+    loaded, loader = build_loaders(args, train=False)
+    if not whole:
         args.method = "baseline"  # only the plain network is in the file
-        method = build_method(args, len(loaded.classes))
-        load_weights(frskd.export(method.student), state, args)
+    method = build_method(args, len(loaded.classes))
+    if whole:
+        load_state(method, state["method"], args)
+    else:
+        load_state(frskd.export(method.student), state, args)
     if draw:
         picture = Path(given.get("output", path.parent)) / "attention.png"
         draw_attention(method, loader, loaded, picture)
@@ -799,8 +866,21 @@ def run_eval(given):
         return 0
     autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
     top1, top5 = evaluate(method.student, loader, autocast)
-    print(f"{args.dataset} {args.arch} {args.name} seed {args.seed}: top-1 {top1:.2f} top-5 {top5:.2f} ({path})")
+    if math.isnan(top1):
+        raise UserError(f"{path}: a logit of a test image is not finite")
+    print(f"{args.dataset} {args.arch} {name}: top-1 {top1:.2f} top-5 {top5:.2f} (on {loaded.test_name}, {path})")
     return 0
+
+
+def read_values(path):
+    """The values in an args.json."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        values = None
+    if not is_values(values):
+        raise UserError(f"{path} does not hold the values of a run: move it away, and name the options of the file")
+    return values
 
 
 def main(argv=None):
@@ -810,6 +890,8 @@ def main(argv=None):
     try:
         given = {k: v for k, v in vars(parser().parse_args(dashed)).items() if v is not None}
         if "table" in given:
+            if len(given) > 1:
+                raise UserError("--table goes without any other option")
             print_table(given["table"])
             return 0
         return run_eval(given) if "eval" in given else run_training(given, argv)
