@@ -971,12 +971,27 @@ def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, c
 
 
 @pytest.mark.parametrize("method", ["frskd", "baseline"])
-def test_compiled_training_gives_the_same_losses(run, tmp_path, method):
+def test_compiled_training_gives_the_same_losses(tmp_path, method):
     for name, extra in (("eager", []), ("compiled", ["--compile", "aot_eager"])):
         assert main(TINY, "--epochs 1 --output".split(), tmp_path / name, "--method", method, extra) == 0
     eager, compiled = (numbers(tmp_path / name)[0] for name in ("eager", "compiled"))
     terms = [name for name in ("ce", "ce_t", "kd", "feat") if name in eager]
     assert [eager[name] for name in terms] == pytest.approx([compiled[name] for name in terms], rel=0.02)
+
+
+def test_a_smaller_last_batch_runs_uncompiled():
+    """So nothing is compiled a second time for its shape."""
+    method, sizes = frskd_method(num_classes=10), []
+
+    def compiled(x, y):
+        sizes.append(len(x))
+        return method(x, y)
+
+    loader, off = device_loader(n=10)[1], torch.autocast("cpu", enabled=False)
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
+    with train.StopOnSignal() as stop:
+        train.train_epoch(compiled, method, loader, optimizer, off, 0, "", stop)
+    assert sizes == [4, 4]
 
 
 def test_bf16_autocast_trains_near_float32(run, tmp_path):
