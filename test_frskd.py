@@ -161,7 +161,7 @@ def test_self_teacher_is_equation_2_written_out():
     teacher = frskd.BiFPNc([4, 6, 10], 3, width=2)
     for w in (*teacher.top_down_weights, *teacher.bottom_up_weights):
         nn.init.uniform_(w, 0.5, 2)
-    F1, F2, F3 = (torch.randn(4, c, s, s) for c, s in zip((4, 6, 10), (12, 6, 3)))
+    F1, F2, F3 = (torch.randn(4, c, s, s, requires_grad=True) for c, s in zip((4, 6, 10), (12, 6, 3)))
     logits, feats_t, pre = teacher([F1, F2, F3], preact=True)
 
     def fuse(w, *maps):
@@ -184,7 +184,10 @@ def test_self_teacher_is_equation_2_written_out():
     T3 = teacher.bottom_up[1](fuse(w3, M3, down(1, F.relu(T2))))
     assert_close(pre, [T1, T2, T3], rtol=1e-4, atol=1e-4)
     assert_close(feats_t, [F.relu(T1), F.relu(T2), F.relu(T3)], rtol=1e-4, atol=1e-4)
-    assert_close(logits, teacher.fc(F.relu(T3).mean((2, 3))), rtol=1e-4, atol=1e-4)
+    expected = teacher.fc(F.relu(T3).mean((2, 3)))
+    assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    ours, by_hand = (torch.autograd.grad(z.square().sum(), (F1, F2, F3)) for z in (logits, expected))
+    assert_close(ours, by_hand, rtol=1e-3, atol=1e-4)
 
 
 def test_self_teacher_takes_any_size_of_map():

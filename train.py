@@ -295,7 +295,7 @@ class Meter:
 
 @torch.no_grad()
 def evaluate(student, loader, autocast, stop=None):
-    """-> top-1 and top-5 accuracy in percent, of the student alone, in evaluation mode; nan if a logit is not finite."""
+    """-> top-1 and top-5 accuracy in percent, of the student alone, in evaluation mode; nan if a logit is no number."""
     student.eval()
     counts = 0
     for x, y in loader.epoch():
