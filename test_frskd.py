@@ -774,7 +774,21 @@ def test_attention_png_has_two_rows_an_image_and_a_column_a_block(run):
     assert len(picture.getcolors(1 << 20)) > 500
     tiles = {(x, y): picture.crop((x, y, x + 112, y + 112)).tobytes() for x in (150, 266) for y in (24, 140, 260, 376)}
     assert tiles[150, 24] == tiles[150, 140] != tiles[150, 260] == tiles[150, 376]  # one input an image
-    assert len({tiles[266, y] for y in (24, 140, 260, 376)}) == 4  # a map of its own for each image and network
+    student = frskd.WideResNet(10, 1, 8).eval()
+    student.load_state_dict(torch.load(run / "student.pt", weights_only=True))
+    loader = data.make_loader(data.load("shapes", image_size=16).test, train=False, batch_size=8, image_size=16)
+    raw = loader.raw([200])  # the second image drawn: the first of class 2
+    image = F.interpolate(raw.float() / 255, (112, 112), mode="bilinear", antialias=True)[0]
+    expected = train.heat_map(student.features(loader.normalize(raw))[1][0][0].detach(), image)
+    drawn = torch.frombuffer(bytearray(tiles[266, 260]), dtype=torch.uint8).view(112, 112, 3)
+    assert (drawn.float() - 255 * expected.permute(1, 2, 0)).abs().mean() < 2
+
+
+def test_heat_map_is_red_where_the_energy_is():
+    feat = torch.zeros(3, 4, 4)
+    feat[:, 0, 0] = -2
+    red, _, blue = train.heat_map(feat, torch.zeros(3, 64, 64))
+    assert red[0, 0] > 0.5 > blue[0, 0] and red[63, 63] < 0.05 < blue[63, 63]
 
 
 def test_attention_is_drawn_after_the_epochs_asked_for(tmp_path):
