@@ -418,7 +418,7 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {path}: {reason}") from None
     finally:
         if partial.exists():
