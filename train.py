@@ -127,15 +127,20 @@ def text(value):
 # ----------------------------------------------------------------------------------------- networks and methods
 
 
+def own_network(arch):
+    """Constructor (num_classes, stem) of a network of frskd.py; None for one of torchvision."""
+    wrn = re.fullmatch(r"wrn(\d+)_(\d+)", arch)
+    if wrn:
+        return lambda num_classes, stem: frskd.WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
+    return {"resnet18": frskd.resnet18, "resnet34": frskd.resnet34}.get(arch)
+
+
 def build_student(args, num_classes):
     """The network that --arch names, with `features` (see frskd.py)."""
-    stem = "cifar" if args.image_size <= data.DEVICE_RESIDENT else "imagenet"
-    wrn = re.fullmatch(r"wrn(\d+)_(\d+)", args.arch)
+    stem, own = "cifar" if args.image_size <= data.DEVICE_RESIDENT else "imagenet", own_network(args.arch)
     try:
-        if args.arch in ("resnet18", "resnet34"):
-            return getattr(frskd, args.arch)(num_classes, stem=stem)
-        if wrn:
-            return frskd.WideResNet(int(wrn[1]), int(wrn[2]), num_classes)
+        if own:
+            return own(num_classes, stem)
         aux = dict(aux_logits=False, init_weights=True) if args.arch in ("googlenet", "inception_v3") else {}
         net = torchvision.models.get_model(args.arch, num_classes=num_classes, **aux)
         return frskd.Adapter(net, args.blocks, args.image_size)
@@ -232,7 +237,7 @@ def train(args, loaders, folder, checkpoint, stop):
         remove_run(folder)
     write_run(folder, args, loaded, log)
 
-    autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
+    autocast = precision(args)
     forward = torch.compile(method, backend=args.compile) if args.compile else method
     for epoch in range(len(log), args.epochs):
         torch.manual_seed(data.seed_of(args.seed, epoch))  # for dropout: a resumed run draws the same
@@ -339,6 +344,11 @@ class StopOnSignal:
     def check(self):
         if self.signum is not None:
             raise Stopped(self.signum)
+
+
+def precision(args):
+    """The context of a forward pass: bfloat16 autocast with --amp, nothing without."""
+    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
 
 
 def progress_bar(steps, title):
@@ -466,16 +476,18 @@ def is_values(content):
 def continued(saved, given):
     """The values of a checkpoint, and what the command line may change of them; anything else is refused by name."""
     args = SimpleNamespace(**saved)
-    more = given.get("epochs", 0) if "resume" in given else 0
+    longer = "resume" in given and given.get("epochs", 0) > saved["epochs"]
     for key, value in given.items():
-        kept = getattr(args, key, None)
-        if value != kept and key not in MAY_DIFFER and not (key == "epochs" and more > args.epochs):
-            hint = "only more are possible" if key == "epochs" and more else "leave it out"
+        kept = saved.get(key)
+        if value == kept:
+            continue
+        if key not in MAY_DIFFER and not (key == "epochs" and longer):
+            hint = "only more are possible" if key == "epochs" and "resume" in given else "leave it out"
             raise UserError(f"{option(key)} {text(value)} differs from the checkpoint's {text(kept)}: {hint}")
-        if value != kept and key not in ("resume", "eval"):  # so that args.json's command says it too
+        if key not in ("resume", "eval"):  # so that args.json's command says it too
             args.argv = [*getattr(args, "argv", []), option(key), *([] if value is True else [text(value)])]
         setattr(args, key, value)
-    if more > saved["epochs"]:
+    if longer:
         args.argv += ["--milestones", text(args.milestones)]
     args.name = run_name(args)
     return args
@@ -741,8 +753,7 @@ def check_options(given):
         refuse(["data_dir"], "has no effect with --dataset shapes, which is drawn in memory")
     if dataset != "cifar100":
         refuse(["download"], f"has no effect with --dataset {dataset}")
-    ours = arch is None or arch in ("resnet18", "resnet34") or re.fullmatch(r"wrn\d+_\d+", arch)
-    if ours:
+    if arch is None or own_network(arch):
         refuse(
             ["blocks"],
             "is for the networks of torchvision.models; --arch " + (arch or "of the recipe") + " has its own",
@@ -864,8 +875,7 @@ def run_eval(given):
         draw_attention(method, loader, loaded, picture)
         print(picture)
         return 0
-    autocast = torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
-    top1, top5 = evaluate(method.student, loader, autocast)
+    top1, top5 = evaluate(method.student, loader, precision(args))
     if math.isnan(top1):
         raise UserError(f"{path}: a logit of a test image is not finite")
     print(f"{args.dataset} {args.arch} {name}: top-1 {top1:.2f} top-5 {top5:.2f} (on {loaded.test_name}, {path})")
