@@ -25,6 +25,7 @@ Maps are listed shallow (i = 1, large) to deep (i = n, small). Contents, in the 
     Sec. 3.1   fused_sum, upsample, downsample, SelfTeacher, BiFPN, BiFPNc             Eq. 1, Eq. 2
     Sec. 3.2   attention_map, attention_transfer, soft_label_distillation             Eq. 3, Eq. 4
     Objective  FRSKD, Baseline                                                        Eq. 5
+    Variants   FitNet, Overhaul (Table 5), FRSKDSLA (FRSKD+SLA)
     Students   ResNet, WideResNet, Adapter, export
     Cost       python frskd.py: Table 6 and the time of a training step
 """
@@ -254,25 +255,39 @@ class FRSKD(nn.Module):
     student: features(x) -> (logits, feats), teacher: a SelfTeacher on student.channels.
     alpha, beta (Sec. 4.1): 2, 100 CIFAR-100; 3, 100 TinyImageNet; 1, 200 fine-grained sets and ImageNet.
     beta=0 is FRSKD\\F of the paper: no feature loss is computed.
+    feature_loss: (feats, feats_t) -> scalar; a module is trained along, see FitNet and Overhaul (Table 5).
 
     forward: x (B, 3, H, W), y class indices (B,) or soft labels (B, num_classes) ->
     terms, a dict of WEIGHTED scalars `ce`, `ce_t`, `kd`, `feat` whose plain sum is the loss; logits
-    (B, num_classes), the student's, detached. Raises ValueError for a negative weight or temperature <= 0.
+    (B, num_classes), the student's, detached. Raises ValueError for a negative weight or temperature <= 0, and for
+    Overhaul on an Adapter, which has no maps before their ReLU.
 
     L_KD and L_F reach the student only: their teacher side is detached inside the losses. The teacher's inputs
     are not detached, so its cross-entropy also trains the student: alpha = beta = 0 is not the baseline.
     """
 
-    def __init__(self, student, teacher, *, alpha=2.0, beta=100.0, temperature=4.0):
+    def __init__(self, student, teacher, *, alpha=2.0, beta=100.0, temperature=4.0, feature_loss=attention_transfer):
         super().__init__()
         if alpha < 0 or beta < 0 or temperature <= 0:
             raise ValueError(f"alpha {alpha}, beta {beta}: not negative; temperature {temperature}: above zero")
         self.student, self.teacher = student, teacher
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.feature_loss, self.preact = feature_loss, getattr(feature_loss, "preact", False)
+        if self.preact and isinstance(student, Adapter):
+            raise ValueError("this feature loss compares maps before their ReLU, which an Adapter does not have")
 
-    def forward(self, x, y):
+    def networks(self, x):
+        """Student and self-teacher on x -> logits, logits_t, and of each the n maps that the feature loss compares."""
+        if self.preact:
+            logits, feats, pre = self.student.features(x, preact=True)
+            logits_t, _, pre_t = self.teacher(feats, preact=True)
+            return logits, logits_t, pre, pre_t
         logits, feats = self.student.features(x)
         logits_t, feats_t = self.teacher(feats)
+        return logits, logits_t, feats, feats_t
+
+    def forward(self, x, y):
+        logits, logits_t, feats, feats_t = self.networks(x)
         terms = {  # Eq. 5
             "ce": F.cross_entropy(full_precision(logits), y),
             "ce_t": F.cross_entropy(full_precision(logits_t), y),
@@ -280,7 +295,7 @@ class FRSKD(nn.Module):
         if self.alpha > 0:
             terms["kd"] = self.alpha * soft_label_distillation(logits, logits_t, self.temperature)
         if self.beta > 0:
-            terms["feat"] = self.beta * attention_transfer(feats, feats_t)
+            terms["feat"] = self.beta * self.feature_loss(feats, feats_t)
         return terms, logits.detach()
 
 
@@ -294,6 +309,154 @@ class Baseline(nn.Module):
     def forward(self, x, y):
         logits = self.student(x)
         return {"ce": F.cross_entropy(full_precision(logits), y)}, logits.detach()
+
+
+# ------------------------------------------------------------------ Variants: other feature losses (Table 5), SLA
+
+
+def he_initialized(conv):
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+class FitNet(nn.Module):
+    """L_F of Fit+SKD: sum over blocks of the mean over all elements of (regressor_i(F_i) - T_i)^2.
+
+    A regressor is a 1x1 convolution c_i -> d_i without bias, batch norm and ReLU; it trains with the student.
+    feats, feats_t: n maps (B, c_i, H_i, W_i) and (B, d_i, H_i, W_i), after their ReLU; the teacher's are detached.
+    Source: Table 5; FitNets, the paper's [26]; the authors' code, as the paper does not say what a regressor is.
+    """
+
+    def __init__(self, channels, dims):
+        super().__init__()
+        self.regressors = nn.ModuleList(ConvBNReLU(c, d) for c, d in zip(channels, dims))
+        for conv, *_ in self.regressors:
+            he_initialized(conv)
+
+    def forward(self, feats, feats_t):
+        pairs = [(regressor(f), t.detach()) for regressor, f, t in zip(self.regressors, feats, feats_t)]
+        return sum(F.mse_loss(full_precision(f), full_precision(t)) for f, t in pairs)
+
+
+def margin(gamma, beta):
+    """Mean of the negative values of a channel that batch norm (gamma, beta) makes normal: E[v | v < 0].
+
+    With s = |gamma|, beta - s * exp(-(beta / s)^2 / 2) / (sqrt(2 pi) Phi(-beta / s)), Phi the normal distribution;
+    -3 s where less than a thousandth of the values is negative. (C,), (C,) -> (C,), detached. Source: overhaul
+    distillation, the paper's [8].
+    """
+    s, m = gamma.detach().abs().clamp_min(1e-12), beta.detach()
+    negative = torch.special.ndtr(-m / s)  # share of the values below zero
+    mean = m - s * torch.exp(-((m / s) ** 2) / 2) / ((2 * torch.pi) ** 0.5 * negative.clamp_min(1e-3))
+    return torch.where(negative > 1e-3, mean, -3 * s)
+
+
+def partial_l2(feat, target):
+    """Sum of (feat - target)^2 but where feat <= target <= 0, over all elements, divided by the batch.
+
+    Two (B, C, H, W) -> scalar; the target is detached. Source: overhaul distillation, the paper's [8].
+    """
+    feat, target = full_precision(feat), full_precision(target.detach())
+    counts = (feat > target) | (target > 0)
+    return ((feat - target) ** 2 * counts).sum() / len(feat)
+
+
+class Overhaul(nn.Module):
+    """L_F of OD+SKD: 1e-3 * sum over blocks of 2^(i - n) * partial_l2(connector_i(F_i), max(T_i, margin)).
+
+    On maps before their ReLU, of both sides. A connector is a 1x1 convolution c_i -> d_i without bias and batch
+    norm; it trains with the student. The margin of a channel comes from the batch norm that makes T_i, as it is at
+    this step. feats, feats_t: n maps (B, c_i, H_i, W_i) and (B, d_i, H_i, W_i); the teacher's are detached.
+    Source: Table 5; overhaul distillation, the paper's [8], with its 1e-3.
+    Paper vs code: the authors take the margins once, from untrained batch norms (always -0.798), and omit the 1e-3.
+    """
+
+    preact = True
+
+    def __init__(self, channels, teacher):
+        super().__init__()
+        self.connectors = nn.ModuleList(
+            nn.Sequential(he_initialized(nn.Conv2d(c, d, 1, bias=False)), nn.BatchNorm2d(d))
+            for c, d in zip(channels, teacher.dims)
+        )
+        self.norms = [conv[-1] for conv in (teacher.top_down[0], *teacher.bottom_up)]  # a list: they stay the teacher's
+
+    def forward(self, feats, feats_t):
+        loss, n = 0, len(self.norms)
+        for i, (connector, norm, f, t) in enumerate(zip(self.connectors, self.norms, feats, feats_t), 1):
+            lowest = margin(norm.weight, norm.bias).view(1, -1, 1, 1)  # (1, d_i, 1, 1)
+            loss = loss + 2.0 ** (i - n) * partial_l2(connector(f), torch.maximum(full_precision(t), lowest))
+        return 1e-3 * loss
+
+
+def rotations(x):
+    """Four quarter turns, counter-clockwise: (B, C, H, H) -> (4 B, C, H, H), the views of an image adjacent."""
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"quarter turns need square images, got {tuple(x.shape[-2:])}")
+    views = torch.stack([torch.rot90(x, r, (2, 3)) for r in range(4)], 1).flatten(0, 1)
+    return views.contiguous(memory_format=torch.channels_last)
+
+
+def joint_labels(y):
+    """Class and rotation as one label: (B,) -> (4 B,), 4 * y + r for the views r = 0..3 of an image."""
+    return (4 * y[:, None] + torch.arange(4, device=y.device)).flatten()
+
+
+def aggregate(joint):
+    """Mean over r of the logit that view r has for (class, r): (4 B, 4 num_classes) -> (B, num_classes)."""
+    joint = joint.view(len(joint) // 4, 4, -1, 4)  # image, view, class, rotation
+    return joint.diagonal(dim1=1, dim2=3).mean(-1)
+
+
+class FRSKDSLA(FRSKD):
+    """FRSKD+SLA: FRSKD with self-supervised label augmentation (SLA-SD, the paper's [18]).
+
+    A second head on each network tells class and rotation of an image at once, as 4 num_classes joint classes; the
+    mean over the four views (`aggregate`) is a better soft label, and teaches the plain head. With z, g the plain and
+    the aggregated logits of student (c) and teacher (t), V the rotated images:
+
+      ce, ce_t              cross-entropy of z_c, z_t                                  mean over B
+      ce_joint, ce_joint_t  cross-entropy of the joint heads on V                      mean over 4 B
+      kd_joint, kd_joint_t  L_KD(z_c, g_c), L_KD(z_t, g_t), weighted by 1              g detached, mean over B
+      kd                    alpha * L_KD([z_c; g_c], [z_t; g_t])                       teacher's detached, mean over 2 B
+      feat                  beta * L_F over the maps of x and of V                     teacher's detached, mean over 5 B
+
+    forward as FRSKD, x square, y class indices. The plain head is evaluated, on one view. Source: Sec. 4, in one
+    sentence; the rest is the authors' code. Raises ValueError for soft labels and for images that are not square.
+    """
+
+    def __init__(self, student, teacher, **kwargs):
+        super().__init__(student, teacher, **kwargs)
+        num_classes = teacher.fc.out_features
+        self.joint = nn.Linear(student.channels[-1], 4 * num_classes)
+        self.joint_t = nn.Linear(teacher.dims[-1], 4 * num_classes)
+
+    def joint_logits(self, head, feat):
+        """The last map, after its ReLU, averaged over positions, through a joint head."""
+        return full_precision(head((F.relu(feat) if self.preact else feat).mean((2, 3))))
+
+    def forward(self, x, y):
+        if y.ndim > 1:
+            raise ValueError("the joint labels of class and rotation need class indices, not soft labels")
+        logits, logits_t, feats, feats_t = self.networks(x)
+        _, _, views, views_t = self.networks(rotations(x))  # maps of the 4 B views; the plain heads' logits unused
+        joint, joint_t = self.joint_logits(self.joint, views[-1]), self.joint_logits(self.joint_t, views_t[-1])
+        agg, agg_t, y_joint = aggregate(joint), aggregate(joint_t), joint_labels(y)
+        terms = {
+            "ce": F.cross_entropy(full_precision(logits), y),
+            "ce_t": F.cross_entropy(full_precision(logits_t), y),
+            "ce_joint": F.cross_entropy(joint, y_joint),
+            "ce_joint_t": F.cross_entropy(joint_t, y_joint),
+            "kd_joint": soft_label_distillation(logits, agg, self.temperature),
+            "kd_joint_t": soft_label_distillation(logits_t, agg_t, self.temperature),
+        }
+        if self.alpha > 0:
+            both, both_t = torch.cat([logits, agg]), torch.cat([logits_t, agg_t])  # (2 B, num_classes)
+            terms["kd"] = self.alpha * soft_label_distillation(both, both_t, self.temperature)
+        if self.beta > 0:
+            upright, turned = self.feature_loss(feats, feats_t), self.feature_loss(views, views_t)
+            terms["feat"] = self.beta * (upright + 4 * turned) / 5  # the mean over 5 B images
+        return terms, logits.detach()
 
 
 # -------------------------------------------------------------------------------------------------- The students
@@ -327,8 +490,7 @@ class ResNet(torchvision.models.ResNet):
         if stem not in ("imagenet", "cifar"):
             raise ValueError(f"stem is imagenet or cifar, got {stem}")
         if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.conv1 = he_initialized(nn.Conv2d(3, 64, 3, padding=1, bias=False))
             self.maxpool = nn.Identity()
 
     def features(self, x, preact=False):
@@ -404,7 +566,7 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(c_in, num_classes)
         for m in self.modules():  # torchvision's initialisation, as for ResNet
             if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                he_initialized(m)
 
     def features(self, x, preact=False):
         x = self.layer1(self.conv1(x))
