@@ -1,6 +1,7 @@
-"""Data sets and loaders: `shapes` (drawn in memory), `cifar100`, and `folder` (train/<class>/*, val/ or test/).
+"""Data sets and loaders: the paper's seven as their official archives unpack, `shapes` (drawn in memory), and
+`folder` (train/<class>/*, val/ or test/).
 
-    data = load("folder", data_dir="photos", image_size=224)
+    data = load("cub200", data_dir="data", image_size=224)   # reads data/CUB_200_2011/images.txt, ...
     train = make_loader(data.train, train=True, batch_size=32, image_size=224, seed=0, workers=2)
     for x, y in train.epoch(0): ...                          # x (B, 3, H, W) float, normalised, on the device
 
@@ -11,7 +12,13 @@ number of workers, their persistence and a resumed run change no number.
 import hashlib
 import math
 import os
+import re
 import signal
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,15 +28,19 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 DEVICE_RESIDENT = 64  # up to this size in pixels, a data set is decoded once and lives on the device
 
 # Mean and std of the channels, of images in 0..1.
-# Paper vs code: the paper is silent; the authors normalise CIFAR-100 by CIFAR-10's figures, as here.
-CIFAR_STATS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Paper vs code: the paper is silent; these are the authors', who normalise CIFAR-100 by CIFAR-10's figures.
+STATS = {
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 class DataError(Exception):
@@ -68,11 +79,20 @@ class Data:
 # ---------------------------------------------------------------------------------------------------- data sets
 
 
-def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=False, decoded=("train", "test")):
+def load(
+    dataset,
+    *,
+    data_dir="data",
+    image_size=32,
+    per_class=None,
+    download=False,
+    decoded=("train", "test"),
+    expected=None,
+):
     """Reads a data set: name, folder, size in pixels, the first `per_class` training images of each class -> Data.
 
     Up to 64 px the images of the `decoded` splits come back as a uint8 tensor of that size, otherwise as they lie
-    on disk.
+    on disk. expected: numbers of classes, training and test images, where not the official ones.
     Raises DataError where something is missing, unreadable or does not fit.
     """
     if dataset == "shapes":
@@ -81,6 +101,8 @@ def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=Fa
         data = read_cifar100(data_dir, download)
     elif dataset == "folder":
         data = read_folder(data_dir)
+    elif dataset in OFFICIAL:
+        data = read_official(OFFICIAL[dataset], Path(data_dir), download, expected)
     else:
         raise DataError(f"no data set named {dataset}")
     if per_class is not None:
@@ -160,6 +182,267 @@ def folder_image_size(root):
     """
     short = min(read_image(read_folder(root).train.images[0]).size)
     return short if short <= DEVICE_RESIDENT else 224
+
+
+# --------------------------------------------------------------------------- official data sets, as they unpack
+
+# A reader takes the folder that holds the lists -> {"train": [(path, class name), ...], "test": [...]}.
+
+
+def read_tinyimagenet(root):
+    """Evaluated on val/, as the field does: the images in test/ have no labels.
+
+    Many tools move val/images/* into val/<wnid>/; that is read too.
+    """
+    train = []
+    for wnid in lines(root / "wnids.txt"):
+        images, boxes = root / "train" / wnid / "images", root / "train" / wnid / f"{wnid}_boxes.txt"
+        names = {path.name for path in images.glob("*.JPEG")}
+        names |= {line.split()[0] for line in lines(boxes)} if boxes.exists() else set()
+        train += [(images / name, wnid) for name in names]
+    test = []
+    for name, wnid, *_ in fields(root / "val/val_annotations.txt", 6):
+        places = [root / "val/images", root / "val" / wnid, root / "val" / wnid / "images"]
+        test.append((next((place for place in places if (place / name).exists()), places[0]) / name, wnid))
+    return {"train": train, "test": test}
+
+
+def read_cub200(root):
+    """Three lists joined on the image's id: they are not in the order of the paths."""
+    files = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+    paths, labels, in_train = (dict(fields(root / name, 2)) for name in files)
+    if not paths.keys() == labels.keys() == in_train.keys():
+        raise DataError(f"{', '.join(files)} do not name the same images")
+    names = dict(fields(root / "classes.txt", 2))
+    unknown = set(labels.values()) - names.keys()
+    if unknown:
+        raise DataError(f"{root / 'classes.txt'} does not name the class {min(unknown)}")
+    splits = {"train": [], "test": []}
+    for i, path in paths.items():
+        splits["train" if in_train[i] == "1" else "test"].append((root / "images" / path, names[labels[i]]))
+    return splits
+
+
+def read_mit67(root):
+    """The lists name 6,700 of the 15,620 images, some with a blank in their names; the others are in no split."""
+    files = {"train": "TrainImages.txt", "test": "TestImages.txt"}
+    listed = {split: lines(root / name) for split, name in files.items()}
+    return {split: [(root / "Images" / name, name.split("/")[0]) for name in names] for split, names in listed.items()}
+
+
+def read_stanford40(root):
+    """One flat folder; the class is the name without its number: writing_on_a_book_017.jpg."""
+    listed = {split: lines(root / "ImageSplits" / f"{split}.txt") for split in ("train", "test")}
+    return {
+        split: [(root / "JPEGImages" / name, name.rpartition("_")[0]) for name in names]
+        for split, names in listed.items()
+    }
+
+
+def read_dogs(root):
+    """The lists are MAT-files, beside Images/ as their archive unpacks, or in the lists/ that some users make."""
+    folder = root / "lists" if (root / "lists").is_dir() else root
+    listed = {split: mat_names(folder / f"{split}_list.mat") for split in ("train", "test")}
+    return {split: [(root / "Images" / name, name.split("/")[0]) for name in names] for split, names in listed.items()}
+
+
+def read_imagenet(root):
+    """train/<wnid>/* and val/<wnid>/*; where one is absent, torchvision makes it from the archives."""
+    splits = {}
+    for ours, split in (("train", "train"), ("test", "val")):
+        if not (root / split).is_dir():
+            needed = [f"ILSVRC2012_img_{split}.tar"]
+            if not (root / "meta.bin").exists():
+                needed.append("ILSVRC2012_devkit_t12.tar.gz")
+            absent = [name for name in needed if not (root / name).exists()]
+            if absent:
+                raise DataError(f"neither {split}/ nor {' and '.join(absent)} is in {root}")
+            try:
+                torchvision.datasets.ImageNet(root, split)
+            except ModuleNotFoundError as error:
+                raise DataError(f"torchvision reads the devkit, once, with {error.name}: pip install it") from None
+            except (RuntimeError, OSError) as error:
+                raise DataError(str(error)) from None
+        source = image_folder(root / split)
+        splits[ours] = [(path, source.classes[label]) for path, label in source.samples]
+    return splits
+
+
+def lines(path):
+    """The lines of a list, without their ends (LF or CRLF) and without empty ones."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        raise DataError(f"{path} is missing") from None
+    return [line for line in text.split("\n") if line]
+
+
+def fields(path, n):
+    """The n fields of each line of a list."""
+    rows = [line.split() for line in lines(path)]
+    for number, row in enumerate(rows, 1):
+        if len(row) != n:
+            raise DataError(f"{path}, line {number}: {n} fields expected, not {len(row)}")
+    return rows
+
+
+def mat_names(path):
+    """The names <wnid>-<breed>/<wnid>_<number>.jpg in a MAT-file of version 5, in their order.
+
+    Behind a header of 128 bytes lie elements: type and size, uint32 each, and the content, deflated in type 15. In
+    it a character takes one or two bytes. Of the variables, file_list alone has names that end in .jpg.
+    """
+    try:
+        content, text, position = path.read_bytes(), b"", 128
+        while position < len(content):
+            kind, size = struct.unpack_from("<II", content, position)
+            element = content[position + 8 : position + 8 + size]
+            text += zlib.decompress(element) if kind == 15 else element
+            position += 8 + size
+    except OSError:
+        raise DataError(f"{path} is missing") from None
+    except (struct.error, zlib.error):
+        raise DataError(f"{path} is cut short, or no MAT-file of version 5") from None
+    return [name.decode() for name in re.findall(rb"n\d{8}-[\w-]+/n\d{8}_\d+\.jpg", text.replace(b"\0", b""))]
+
+
+@dataclass
+class Official:
+    """A data set as its authors publish it: reader, numbers of classes, training and test images, where it lies.
+
+    folder: where below --data-dir, unless there itself; markers: files, one of which tells that it is there;
+    archives: (address, MD5, None where none is published), empty where a registration is needed;
+    own_folder: whether they unpack into `folder` by themselves; test_name: what the split evaluated is called.
+    """
+
+    title: str
+    read: Callable
+    expected: tuple
+    folder: str
+    markers: tuple
+    archives: tuple = ()
+    own_folder: bool = False
+    test_name: str = "test"
+
+    def locate(self, root):
+        places = (root, root / self.folder)
+        return next((place for place in places if any((place / marker).exists() for marker in self.markers)), None)
+
+    def how(self, place):
+        """What to do where it is missing or incomplete."""
+        if self.archives:
+            return f"unpack {', '.join(url for url, _ in self.archives)} into {place}, or pass --download"
+        return (
+            "put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, from image-net.org "
+            f"after a registration, into {place}, and remove a train/ or val/ that is half unpacked"
+        )
+
+
+# fmt: off
+OFFICIAL = {
+    "tinyimagenet": Official(
+        "TinyImageNet", read_tinyimagenet, (200, 100_000, 10_000), "tiny-imagenet-200", ("wnids.txt",),
+        (("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),),
+        own_folder=True, test_name="val",
+    ),
+    "cub200": Official(
+        "CUB-200-2011", read_cub200, (200, 5_994, 5_794), "CUB_200_2011", ("images.txt",),
+        (("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"),),
+        own_folder=True,
+    ),
+    "mit67": Official(
+        "MIT Indoor67", read_mit67, (67, 5_360, 1_340), "mit67", ("TrainImages.txt", "Images/airport_inside"),
+        (("http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar", "5d176e5f0e56624a453f2fe0d8b19ff7"),
+         ("http://web.mit.edu/torralba/www/TrainImages.txt", "fd987513d0f623c424252770fac3f354"),
+         ("http://web.mit.edu/torralba/www/TestImages.txt", "f00bef137f39d51e4894303a7bf4c2d4")),
+    ),
+    "stanford40": Official(
+        "Stanford 40 Actions", read_stanford40, (40, 4_000, 5_532), "stanford40", ("ImageSplits", "JPEGImages"),
+        (("http://vision.stanford.edu/Datasets/Stanford40_JPEGImages.zip", None),
+         ("http://vision.stanford.edu/Datasets/Stanford40_ImageSplits.zip", None)),
+    ),
+    "dogs": Official(
+        "Stanford Dogs", read_dogs, (120, 12_000, 8_580), "dogs",
+        ("train_list.mat", "lists/train_list.mat", "Images/n02085620-Chihuahua"),
+        (("http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", "1bb1f2a596ae7057f99d7d75860002ef"),
+         ("http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar", "edbb9f16854ec66506b5f09b583e0656")),
+    ),
+    "imagenet": Official(
+        "ImageNet", read_imagenet, (1_000, 1_281_167, 50_000), "imagenet", ("train", "ILSVRC2012_img_train.tar"),
+        test_name="val",
+    ),
+}
+# fmt: on
+
+
+def read_official(official, root, download=False, expected=None):
+    """An official data set below root; fetched, if `download` says so, where it is missing or incomplete -> Data."""
+    folder = official.locate(root)
+    place = folder.parent if folder and official.own_folder else folder or root  # where its archives are unpacked
+    try:
+        return complete(official, root, expected)
+    except DataError as error:
+        if not download:
+            raise DataError(f"{error}; {official.how(place)}") from None
+    if not folder and not official.own_folder:
+        place = root / official.folder
+    for url, md5 in official.archives:
+        fetch(url, md5, place)
+    return complete(official, root, expected)
+
+
+def complete(official, root, expected=None):
+    """Reads an official data set; raises DataError where it is not whole."""
+    title, folder = official.title, official.locate(root)
+    if folder is None:
+        raise DataError(f"no {title} in {root}")
+    splits = official.read(folder)
+    paths = [os.fspath(path) for samples in splits.values() for path, _ in samples]
+    absent = missing(paths)
+    if absent:
+        raise DataError(f"{title} is incomplete: {len(absent)} of {len(paths)} images are missing, first {absent[0]}")
+    classes = sorted({name for _, name in splits["train"]})
+    found, expected = [len(classes), *map(len, splits.values())], list(expected or official.expected)
+    if found != expected:
+        found, expected = ("{} classes, {} training and {} test images".format(*n) for n in (found, expected))
+        raise DataError(f"{title} in {folder} is incomplete or altered: {found}, not {expected}")
+    (path, times), *_ = Counter(paths).most_common(1)
+    if times > 1:
+        raise DataError(f"{title} in {folder} is altered: its lists name {path} more than once")
+    unknown = {name for _, name in splits["test"]} - set(classes)
+    if unknown:
+        raise DataError(f"{title} in {folder} is altered: no training image of the class {min(unknown)}")
+    label = {name: i for i, name in enumerate(classes)}
+    for split, samples in splits.items():
+        samples = sorted((label[name], os.fspath(path)) for path, name in samples)
+        splits[split] = Split([path for _, path in samples], torch.tensor([i for i, _ in samples]))
+    return Data(splits["train"], splits["test"], classes, official.test_name)
+
+
+def missing(paths):
+    """Those of the paths that are no files, told by listing each folder once: a set may have a million files."""
+    folders = {
+        path: set(os.listdir(path)) if os.path.isdir(path) else () for path in {os.path.split(p)[0] for p in paths}
+    }
+    return [path for path in paths if os.path.basename(path) not in folders[os.path.dirname(path)]]
+
+
+def fetch(url, md5, folder):
+    """Downloads a file into a folder, compares its checksum where there is one, and unpacks it."""
+    archive = folder / url.rpartition("/")[2]
+    partial = archive.with_name(archive.name + ".partial")
+    try:
+        if not check_integrity(archive, md5):
+            partial.unlink(missing_ok=True)
+            download_url(url, folder, partial.name, md5)
+            partial.replace(archive)
+        if archive.suffix != ".txt":
+            extract_archive(archive, folder)
+    except Exception as error:  # of urllib, tarfile, zipfile, zlib, the file system ...
+        raise DataError(f"cannot fetch {url} into {folder}: {' '.join(str(error).split())}") from None
+
+
+# ---------------------------------------------------------------------------------------------------- images
 
 
 def read_image(path):
@@ -274,12 +557,20 @@ def draw_data(size):
 
 
 def seed_of(*key):
-    """One 56-bit seed for a tuple of numbers: (seed, epoch) or (seed, epoch, index)."""
+    """One 56-bit seed for a key: (seed, epoch), (seed, epoch, index) or (seed, epoch, "what for", ...)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
 def generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
+
+
+@contextmanager
+def seeded(*key):
+    """Seeds the CPU's global generator inside, and restores it: torchvision's transforms draw from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(*key))
+        yield
 
 
 def split_batches(order, batch_size):
@@ -296,11 +587,16 @@ def split_batches(order, batch_size):
 # ---------------------------------------------------------------------------------------------------- loaders
 
 
-def make_loader(split, *, train, batch_size, image_size, seed=0, stats=CIFAR_STATS, workers=0, device="cpu"):
-    """The loader for a size: DeviceLoader up to 64 px, WorkerLoader above. Raises DataError for a batch too large."""
+def make_loader(
+    split, *, train, batch_size, image_size, seed=0, stats=STATS["cifar"], workers=0, device="cpu", mix=None
+):
+    """The loader for a size: DeviceLoader up to 64 px, WorkerLoader above. Raises DataError for a batch too large.
+
+    mix: v2.MixUp or v2.CutMix, for each batch; its labels are then soft, (B, num_classes).
+    """
     if train and batch_size > len(split):
         raise DataError(f"--batch-size {batch_size} is larger than the training set of {len(split)} images")
-    kwargs = dict(train=train, batch_size=batch_size, seed=seed, stats=stats, device=device)
+    kwargs = dict(train=train, batch_size=batch_size, seed=seed, stats=stats, device=device, mix=mix)
     if image_size <= DEVICE_RESIDENT:
         return DeviceLoader(split, **kwargs)
     return WorkerLoader(split, image_size=image_size, workers=workers, **kwargs)
@@ -309,16 +605,25 @@ def make_loader(split, *, train, batch_size, image_size, seed=0, stats=CIFAR_STA
 class Loader:
     """What both loaders share.
 
-    epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,); raw([i, ...]) gives images
-    before normalisation, uint8 (N, 3, H, W), from the test split as they are evaluated.
+    epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,), or soft y (B, num_classes) where
+    batches are mixed; raw([i, ...]) gives images before normalisation, uint8 (N, 3, H, W), from the test split as
+    they are evaluated.
     """
 
-    def __init__(self, split, *, train, batch_size, seed, stats, device):
+    def __init__(self, split, *, train, batch_size, seed, stats, device, mix=None):
         self.split, self.train, self.batch_size, self.seed, self.device = split, train, batch_size, seed, device
+        self.mix = mix
         self.mean, self.std = (255 * torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
 
     def __len__(self):
         return len(split_batches(torch.arange(len(self.split)), self.batch_size))
+
+    def epoch(self, epoch=0):
+        for step, (x, y) in enumerate(self.augmented(epoch)):
+            if self.mix:
+                with seeded(self.seed, epoch, "mixing", step):
+                    x, y = self.mix(x, y)
+            yield x, y
 
     def batches(self, epoch):
         """The indices of each batch of an epoch; shuffled in training."""
@@ -342,7 +647,7 @@ class DeviceLoader(Loader):
         images = F.pad(split.images, (0, 0, pad, pad, pad, pad)) if self.train else split.images
         self.images, self.labels = images.to(self.device), split.labels.to(self.device)
 
-    def epoch(self, epoch=0):
+    def augmented(self, epoch):
         span = torch.arange(self.size, device=self.device)
         if self.train:
             n, g = len(self.split), generator(self.seed, epoch, "augmentation")
@@ -385,7 +690,7 @@ class WorkerLoader(Loader):
             generator=torch.Generator(),  # else it draws from the global generator, which dropout reads
         )
 
-    def epoch(self, epoch=0):
+    def augmented(self, epoch):
         self.keys[:] = [[(epoch, i) for i in index.tolist()] for index in self.batches(epoch)]
         for x, y in self.loader:
             x = x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -403,8 +708,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+        with seeded(self.seed, epoch, index):
             return self.transform(as_pil(self.split.images[index])), self.split.labels[index]
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.testing import assert_close
+from torchvision.transforms import v2
 
 import data
 import frskd
@@ -369,6 +370,177 @@ def test_each_distillation_loss_alone_pulls_the_student_to_a_frozen_teacher(name
     assert values[-1] < 0.7 * values[0]
 
 
+# ------------------------------------------------------------------ Variants: other feature losses (Table 5), SLA
+
+
+def test_fitnet_is_the_mean_over_all_elements_summed_over_blocks():
+    """Fit+SKD: (regressor_i(F_i) - T_i)^2; regressors are 1x1 convolutions to the teacher's widths."""
+    torch.manual_seed(0)
+    loss = frskd.FitNet([3, 5], [6, 10])
+    feats = [torch.rand(4, c, s, s) for c, s in ((3, 8), (5, 4))]
+    feats_t = [torch.rand(4, c, s, s) for c, s in ((6, 8), (10, 4))]
+    regressed = [F.relu(bn(conv(f))) for (conv, bn, _), f in zip(loss.regressors, feats)]
+    by_hand = sum((r - t).pow(2).sum() / t.numel() for r, t in zip(regressed, feats_t))
+    assert_close(loss(feats, feats_t), by_hand)
+    assert [tuple(conv.weight.shape) for conv, *_ in loss.regressors] == [(6, 3, 1, 1), (10, 5, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "gamma, beta, value", [(1, 0, -0.797885), (1, 1, -0.525135), (0.5, -0.2, -0.480941), (-1, 0, -0.797885), (1, 4, -3)]
+)
+def test_margin_of_overhaul_distillation_by_hand(gamma, beta, value):
+    """E[v | v < 0] of a normal channel; -3 |gamma| where almost nothing is negative."""
+    computed = frskd.margin(torch.tensor([float(gamma)]), torch.tensor([float(beta)]))
+    assert computed.item() == pytest.approx(value, abs=1e-6)
+    assert frskd.margin(torch.zeros(2), torch.tensor([0.0, -1.0])).tolist() == pytest.approx([0, -1], abs=1e-6)
+
+
+def test_partial_l2_by_hand():
+    """Nothing to learn where the student is below a target that is not positive."""
+    student, teacher = torch.tensor([1.0, -1, -0.5, -2, 0.5]), torch.tensor([0.5, -2, -0.2, -0.3, -0.1])
+    target = teacher.clamp_min(-0.797885)
+    values = [frskd.partial_l2(s.view(1, 1, 1, 1), t.view(1, 1, 1, 1)).item() for s, t in zip(student, target)]
+    assert values == pytest.approx([0.25, 0, 0, 0, 0.36], abs=1e-6)
+    assert frskd.partial_l2(torch.ones(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)).item() == 12  # a sum, over the batch
+
+
+def overhaul_method():
+    torch.manual_seed(0)
+    student = frskd.WideResNet(10, 1, 5)
+    teacher = frskd.BiFPNc(student.channels, 5)
+    return frskd.FRSKD(student, teacher, beta=1, feature_loss=frskd.Overhaul(student.channels, teacher))
+
+
+def test_overhaul_is_its_levels_weighted_by_powers_of_two():
+    """1e-3 * sum_i 2^(i - n) d_i on maps before their ReLU, of both sides."""
+    method, (x, y) = overhaul_method(), batch()
+    terms, _ = method(x, y)
+    _, feats, pre = method.student.features(x, preact=True)
+    _, _, pre_t = method.teacher(feats, preact=True)
+    levels = []
+    for (conv, bn), p, t in zip(method.feature_loss.connectors, pre, pre_t):
+        s, t = bn(conv(p)), t.clamp_min(-0.797885)  # fresh batch norms: every margin is the same
+        levels.append(((s - t) ** 2)[(s > t) | (t > 0)].sum() / len(x))
+    assert_close(terms["feat"], 1e-3 * (levels[0] / 4 + levels[1] / 2 + levels[2]), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_overhaul_takes_its_margins_from_the_teachers_batch_norms_as_they_train(level):
+    """Maps far below their margins: the margins are the targets, and follow the batch norm whose output is T_i."""
+    method = overhaul_method()
+    _, feats, pre = method.student.features(batch()[0], preact=True)
+    norm, outputs = [method.teacher.top_down[0], *method.teacher.bottom_up][level][-1], []
+    norm.register_forward_hook(lambda module, args, output: outputs.append(output))
+    _, _, pre_t = method.teacher(feats, preact=True)
+    assert outputs[0] is pre_t[level]
+    low = [t - 9 for t in pre_t]
+    before = method.feature_loss(pre, low)
+    nn.init.constant_(norm.bias, -1)
+    assert method.feature_loss(pre, low) > 1.01 * before
+    assert {name.split(".")[0] for name in method.feature_loss.state_dict()} == {"connectors"}  # the norms stay there
+
+
+@pytest.mark.parametrize("loss", ["fitnet", "od"])
+def test_other_feature_losses_reach_the_student_only(loss):
+    student = frskd.WideResNet(10, 1, 5)
+    teacher = frskd.BiFPNc(student.channels, 5)
+    method = frskd.FRSKD(student, teacher, feature_loss=train.FEATURE_LOSSES[loss](student, teacher))
+    reached = gradients(method, method(*batch())[0]["feat"])
+    assert "student.conv1.weight" in reached and not any(name.startswith("teacher") for name in reached)
+    assert {name for name, _ in method.named_parameters() if name.startswith("feature_loss")} <= reached
+
+
+def test_overhaul_on_an_adapter_is_refused():
+    student = frskd.Adapter(torchvision.models.resnet18(num_classes=5), ["layer1", "layer2"], image_size=32)
+    teacher = frskd.BiFPNc(student.channels, 5)
+    with pytest.raises(ValueError, match="before their ReLU"):
+        frskd.FRSKD(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher))
+
+
+def test_views_and_joint_labels_by_hand():
+    """Four counter-clockwise quarter turns, the views of an image adjacent; the label is 4 y + r."""
+    x = torch.stack([torch.tensor([[1.0, 2], [3, 4]]), torch.full((2, 2), 9.0)])[:, None]
+    views = [[1, 2, 3, 4], [2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]] + [[9] * 4] * 4
+    assert frskd.rotations(x).flatten(1).tolist() == views
+    assert frskd.joint_labels(torch.tensor([0, 2])).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+def test_aggregation_by_hand():
+    """Two images, three classes: view r votes with its logit of (class, r)."""
+    aggregated = frskd.aggregate(torch.arange(96.0).view(8, 12))
+    assert aggregated.tolist() == [[19.5, 23.5, 27.5], [67.5, 71.5, 75.5]]
+
+
+def sla_method(**kwargs):
+    torch.manual_seed(0)
+    student = frskd.WideResNet(10, 1, 5)
+    return frskd.FRSKDSLA(student, frskd.BiFPNc(student.channels, 5), **kwargs)
+
+
+def test_terms_of_frskd_sla_written_out():
+    """Distillation on the concatenations: 2 B logits, 5 B maps; the joint cross-entropies are means over 4 B."""
+    method, (x, y) = sla_method(alpha=3, beta=70), batch()
+    terms, logits = method(x, y)
+    z, feats = method.student.features(x)
+    z_t, feats_t = method.teacher(feats)
+    views = torch.stack([x, x.rot90(1, (2, 3)), x.rot90(2, (2, 3)), x.rot90(3, (2, 3))], 1).flatten(0, 1)
+    _, turned = method.student.features(views)
+    _, turned_t = method.teacher(turned)
+    joint, joint_t = (head(f[-1].mean((2, 3))) for head, f in ((method.joint, turned), (method.joint_t, turned_t)))
+    g, g_t = frskd.aggregate(joint), frskd.aggregate(joint_t)
+    labels = torch.tensor([4 * int(label) + r for label in y for r in range(4)])
+    maps, maps_t = ([torch.cat(pair) for pair in zip(*sides)] for sides in ((feats, turned), (feats_t, turned_t)))
+    expected = {
+        "ce": F.cross_entropy(z, y),
+        "ce_t": F.cross_entropy(z_t, y),
+        "ce_joint": F.cross_entropy(joint, labels),
+        "ce_joint_t": F.cross_entropy(joint_t, labels),
+        "kd_joint": frskd.soft_label_distillation(z, g, 4),
+        "kd_joint_t": frskd.soft_label_distillation(z_t, g_t, 4),
+        "kd": 3 * frskd.soft_label_distillation(torch.cat([z, g]), torch.cat([z_t, g_t]), 4),
+        "feat": 70 * frskd.attention_transfer(maps, maps_t),
+    }
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        assert_close(terms[name], value, rtol=1e-4, atol=1e-6)
+    assert_close(logits, z.detach())
+
+
+def test_gradient_stops_of_frskd_sla():
+    """Aggregated logits and the teacher are targets; the plain heads see rotations only through the aggregate."""
+    method = sla_method()
+    reached = {name: gradients(method, method(*batch())[0][name]) for name in method(*batch())[0]}
+
+    def parts(term):
+        return {name.split(".")[0] for name in reached[term]}
+
+    assert parts("kd") == {"student", "joint"} and parts("feat") == parts("kd_joint") == {"student"}
+    assert parts("kd_joint_t") == {"student", "teacher"} and parts("ce_joint") == {"student", "joint"}
+    assert parts("ce_joint_t") == {"student", "teacher", "joint_t"}
+    assert "student.fc.weight" in reached["kd_joint"] and "teacher.fc.weight" in reached["kd_joint_t"]
+    assert "student.fc.weight" not in reached["ce_joint"] | reached["kd_joint_t"]
+    assert not {"teacher.fc.weight", "student.fc.weight"} & reached["ce_joint_t"]
+
+
+def test_frskd_sla_with_overhaul_pools_the_activated_maps():
+    """The joint heads read what the plain heads read, after the ReLU."""
+    torch.manual_seed(0)
+    student = frskd.WideResNet(10, 1, 5)
+    teacher = frskd.BiFPNc(student.channels, 5)
+    method = frskd.FRSKDSLA(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher))
+    x, y = batch()
+    pooled = student.features(frskd.rotations(x))[1][-1].mean((2, 3))
+    assert_close(method(x, y)[0]["ce_joint"], F.cross_entropy(method.joint(pooled), frskd.joint_labels(y)))
+
+
+def test_frskd_sla_refuses_soft_labels_and_images_that_are_not_square():
+    x, y = batch()
+    with pytest.raises(ValueError, match="class indices"):
+        sla_method()(x, F.one_hot(y, 5).float())
+    with pytest.raises(ValueError, match="square"):
+        sla_method()(x[..., :12], y)
+
+
 # -------------------------------------------------------------------------------------------------- the students
 
 
@@ -677,6 +849,63 @@ def test_large_images_do_not_depend_on_the_number_of_workers(tmp_path):
     assert not torch.equal(loader.dataset[0, 3][0], loader.dataset[1, 3][0])
     for other in epochs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(epochs[0], other))
+
+
+def mixed(mix, n=40, size=8, epochs=1, batch_size=10):
+    """Image i is all i, label i; not augmented: -> x, y of the mixed batches."""
+    images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, size, size, 3).contiguous()
+    loader = data.make_loader(
+        data.Split(images, torch.arange(n)),
+        train=False,
+        batch_size=batch_size,
+        image_size=size,
+        stats=((0, 0, 0), (1 / 255,) * 3),
+        mix=mix,
+    )
+    return (torch.cat(parts) for parts in zip(*(b for e in range(epochs) for b in loader.epoch(e))))
+
+
+def test_lambda_of_cutmix_is_the_share_that_was_not_pasted_over():
+    x, y = mixed(v2.CutMix(alpha=1.0, num_classes=40), epochs=5)
+    own = torch.arange(40).repeat(5)
+    kept = (x.round() == own.view(-1, 1, 1, 1)).float().mean((1, 2, 3))
+    assert_close(y[torch.arange(200), own], kept)
+    assert_close(y.sum(1), torch.ones(200))
+    assert len(kept.unique()) > 8  # one box a batch
+
+
+def test_mixup_mixes_labels_as_it_mixes_images():
+    x, y = mixed(v2.MixUp(alpha=1.0, num_classes=40), epochs=2)
+    assert_close(x.mean((1, 2, 3)), y @ torch.arange(40.0), rtol=1e-4, atol=1e-4)
+    assert len(y.max(1).values.unique()) == 8  # one lambda a batch
+
+
+def test_mixup_at_lambda_1_is_plain_cross_entropy():
+    """Beta(1e-3, 1e-3) draws 0 or 1, but for rounding; where it draws 1 the batch is as it was."""
+    mix, (x, y), method = v2.MixUp(alpha=1e-3, num_classes=5), batch(), frskd_method()
+    plain, _ = method(x, y)
+    torch.manual_seed(0)
+    draws = [mix(x, y) for _ in range(20)]
+    (mixed_x, mixed_y), *_ = (draw for draw in draws if torch.allclose(draw[0], x, atol=1e-5))
+    assert mixed_y.shape == (4, 5)
+    assert_close(method(mixed_x, mixed_y)[0], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 72])
+def test_mixing_depends_on_seed_epoch_and_step_alone(size):
+    """In both loaders; the global generator, which dropout reads, is left alone, and test batches are not mixed."""
+    images = torch.randint(256, (12, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split, mix = data.Split(images, torch.arange(12)), v2.MixUp(alpha=1.0, num_classes=12)
+    a, b, other = (
+        data.make_loader(split, train=True, batch_size=4, image_size=size, seed=seed, mix=mix) for seed in (1, 1, 2)
+    )
+    torch.manual_seed(0)
+    reference = list(a.epoch(3))
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(p, q) for one, two in zip(reference, b.epoch(3)) for p, q in zip(one, two))
+    shares = [[y.max().item() for _, y in loader.epoch(e)] for loader, e in ((a, 3), (a, 4), (other, 3))]
+    assert len(set(sum(shares, []))) == 9
+    assert reference[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
 # -------------------------------------------------------------------------------------------------- train.py

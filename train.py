@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
@@ -39,28 +40,41 @@ from data import DataError
 # --------------------------------------------------------------------------------------------------- recipes
 
 COMMON = dict(  # Sec. 4.1; momentum: the paper is silent, 0.9 is the authors' code
-    method="frskd", lr=0.1, momentum=0.9, weight_decay=1e-4, temperature=4.0, teacher="bifpnc", width=2, channels=256,
+    method="frskd", arch="resnet18", epochs=200, lr_drops=(1 / 2, 3 / 4), lr=0.1, momentum=0.9, weight_decay=1e-4,
+    temperature=4.0, teacher="bifpnc", width=2, channels=256, feature_loss="at", sla=False, mixup=None, cutmix=None,
     blocks=None, per_class=None, amp=False,
 )  # fmt: skip
-CIFAR = COMMON | dict(arch="resnet18", image_size=32, alpha=2.0, beta=100.0, batch_size=128, epochs=200)
-FGVR = COMMON | dict(arch="resnet18", image_size=224, alpha=1.0, beta=200.0, batch_size=32, epochs=200)
+CIFAR = COMMON | dict(stats="cifar", image_size=32, alpha=2.0, beta=100.0, batch_size=128)
+FGVR = COMMON | dict(stats="imagenet", image_size=224, alpha=1.0, beta=200.0, batch_size=32)
 RECIPES = {
     "shapes": CIFAR | dict(arch="wrn16_2", lr=0.05, batch_size=32, epochs=8),  # ours: short enough for two CPU cores
     "cifar100": CIFAR,  # Sec. 4.1
+    "tinyimagenet": CIFAR | dict(stats="tinyimagenet", alpha=3.0),
+    "cub200": FGVR,  # fine-grained visual recognition
+    "mit67": FGVR,
+    "stanford40": FGVR,
+    "dogs": FGVR,
+    "imagenet": FGVR | dict(batch_size=256, epochs=90, lr_drops=(1 / 3, 2 / 3)),
     "folder up to 64 px": CIFAR,
-    "folder above 64 px": FGVR,  # Sec. 4.1, fine-grained visual recognition
+    "folder above 64 px": FGVR,
 }
+# Weights of the other feature losses. Paper vs code: the paper and the authors' code give none; these are ours.
+BETA = dict(fitnet=1.0, od=0.01)
+MIXUP = (0.2, 0.3)  # of the Beta distribution, up to 64 px and above (appendix: CIFAR-100 and TinyImageNet, FGVR)
+CUTMIX = 1.0  # appendix
 RUN = dict(seed=0, data_dir="data", download=False, workers=2, device=None, compile=None, attention=None, output=None)
-MILESTONES = (1 / 2, 3 / 4)  # of the epochs: 100 and 150 of 200 (Sec. 4.1)
 
 # What a choice that is not the recipe's adds to the name of a run, in this order.
 TAGS = dict(
     temperature="t", alpha="alpha", beta="beta", width="w", blocks="blocks", weight_decay="wd", lr="lr",
     momentum="m", batch_size="bs", image_size="px", per_class="n", epochs="e", milestones="ms",
 )  # fmt: skip
-TEACHER_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels")
+TEACHER_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels", "feature_loss", "sla")
 THIS_CALL = ("output", "overwrite", "resume", "eval")  # not kept in a checkpoint
 MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", *THIS_CALL)  # from the checkpoint's values
+
+
+DOWNLOADS = ["cifar100", *(name for name, official in data.OFFICIAL.items() if official.archives)]
 
 
 class UserError(Exception):
@@ -81,28 +95,46 @@ class Stopped(Exception):
 def resolve(given):
     """The options given on the command line, a dict -> all values, with the recipe's where none was given."""
     dataset = given.get("dataset", "shapes")
-    natural = data.folder_image_size(given.get("data_dir", "data")) if dataset == "folder" else 32
-    size = given.get("image_size", natural)
-    key = dataset if dataset != "folder" else f"folder {'up to' if size <= data.DEVICE_RESIDENT else 'above'} 64 px"
-    recipe = RECIPES[key] | dict(dataset=dataset, image_size=natural)
+    if dataset == "folder":
+        natural = data.folder_image_size(given.get("data_dir", "data"))
+        small = given.get("image_size", natural) <= data.DEVICE_RESIDENT
+        recipe = RECIPES[f"folder {'up to' if small else 'above'} 64 px"] | dict(image_size=natural)
+    else:
+        recipe = RECIPES[dataset]
+    recipe = recipe | dict(dataset=dataset)
+    if given.get("feature_loss", "at") != "at":
+        recipe["beta"] = BETA[given["feature_loss"]]
     args = SimpleNamespace(**recipe | RUN | given)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.recipe = recipe
+    args.mixup = mixup_alpha(args.mixup, args.image_size)
     if "milestones" not in given:
-        args.milestones = default_milestones(args.epochs)
+        args.milestones = default_milestones(args)
     if args.milestones != sorted(set(args.milestones)) or args.milestones[-1:] >= [args.epochs]:
         raise UserError(f"--milestones {text(args.milestones)}: the epochs must increase and lie below {args.epochs}")
     return args
 
 
-def default_milestones(epochs):
-    return sorted({int(epochs * fraction) for fraction in MILESTONES} - {0})
+def default_milestones(args):
+    """The epochs after which the recipe lowers the learning rate: 100 and 150 of 200 (Sec. 4.1)."""
+    return sorted({int(args.epochs * fraction) for fraction in args.recipe["lr_drops"]} - {0})
+
+
+def mixup_alpha(value, image_size):
+    """--mixup without a value is the appendix's for images of this size."""
+    return MIXUP[image_size > data.DEVICE_RESIDENT] if value is True else value
 
 
 def run_name(args):
-    """The method, then every choice that changes the result and is not the recipe's: frskd-nofeat-wd0.0005."""
-    name = args.method
-    defaults = args.recipe | dict(milestones=default_milestones(args.epochs))
+    """The method, then every choice that changes the result and is not the recipe's: frskd+sla-nofeat-wd0.0005."""
+    name = args.method + "+sla" * args.sla
+    if args.mixup:
+        name += f"+mixup{text(args.mixup)}"
+    if args.cutmix:
+        name += "+cutmix" if args.cutmix == CUTMIX else f"+cutmix{text(args.cutmix)}"
+    if args.feature_loss != "at":
+        name += f"-{args.feature_loss}"
+    defaults = args.recipe | dict(milestones=default_milestones(args))
     ignored = TEACHER_OPTIONS if args.method == "baseline" else ("channels", "teacher")
     if args.method == "frskd" and args.beta == 0:
         name += "-nofeat"
@@ -148,12 +180,21 @@ def build_student(args, num_classes):
         raise UserError(f"--arch {args.arch} at {args.image_size} px: {error}") from None
 
 
+FEATURE_LOSSES = {  # name -> (student, teacher) -> the loss, see frskd.FRSKD
+    "at": lambda student, teacher: frskd.attention_transfer,
+    "fitnet": lambda student, teacher: frskd.FitNet(student.channels, teacher.dims),
+    "od": lambda student, teacher: frskd.Overhaul(student.channels, teacher),
+}
+
+
 def build_frskd(student, num_classes, args):
     if args.teacher == "bifpn":
         teacher = frskd.BiFPN(student.channels, num_classes, dim=args.channels)
     else:
         teacher = frskd.BiFPNc(student.channels, num_classes, width=args.width)
-    return frskd.FRSKD(student, teacher, alpha=args.alpha, beta=args.beta, temperature=args.temperature)
+    feature_loss = FEATURE_LOSSES[args.feature_loss](student, teacher)
+    weights = dict(alpha=args.alpha, beta=args.beta, temperature=args.temperature)
+    return (frskd.FRSKDSLA if args.sla else frskd.FRSKD)(student, teacher, feature_loss=feature_loss, **weights)
 
 
 METHODS = {  # name -> (student, number of classes, args) -> method, see frskd.FRSKD.forward
@@ -178,16 +219,20 @@ def build_loaders(args, train=True):
         download=args.download,
         decoded=("train", "test") if train else ("test",),
     )
-    small = args.image_size <= data.DEVICE_RESIDENT or args.dataset == "cifar100"
     options = dict(
         batch_size=args.batch_size,
         image_size=args.image_size,
         seed=args.seed,
-        stats=data.CIFAR_STATS if small else data.IMAGENET_STATS,
+        stats=data.STATS[args.stats],
         workers=args.workers,
         device=args.device,
     )
-    loaders = [data.make_loader(loaded.train, train=True, **options)] if train else []
+    mix = None
+    if args.mixup:
+        mix = v2.MixUp(alpha=args.mixup, num_classes=len(loaded.classes))
+    elif args.cutmix:
+        mix = v2.CutMix(alpha=args.cutmix, num_classes=len(loaded.classes))
+    loaders = [data.make_loader(loaded.train, train=True, mix=mix, **options)] if train else []
     return loaded, *loaders, data.make_loader(loaded.test, train=False, **options)
 
 
@@ -469,13 +514,15 @@ def is_checkpoint(content):
 
 def is_values(content):
     """Whether it is the values of a run, as a checkpoint and an args.json hold them."""
-    needed = {*COMMON, *RUN, "dataset", "arch", "alpha", "beta", "epochs", "milestones", "recipe", "name"} - {"output"}
+    needed = {*CIFAR, *RUN, "dataset", "milestones", "recipe", "name"} - {"output"}
     return isinstance(content, dict) and needed <= set(content) and content["method"] in METHODS
 
 
 def continued(saved, given):
     """The values of a checkpoint, and what the command line may change of them; anything else is refused by name."""
     args = SimpleNamespace(**saved)
+    if "mixup" in given:
+        given = given | dict(mixup=mixup_alpha(given["mixup"], saved["image_size"]))
     longer = "resume" in given and given.get("epochs", 0) > saved["epochs"]
     for key, value in given.items():
         kept = saved.get(key)
@@ -558,8 +605,9 @@ def heat_map(feat, image):
 
 
 def print_table(folder):
-    """Mean and standard deviation over seeds of the runs below a folder, laid out as Table 1, in markdown."""
-    rows, columns, left_out = {}, set(), []
+    """Mean and standard deviation over seeds of the runs below a folder, in markdown: laid out as Table 1, and where
+    runs differ in alpha and in beta, a grid of the two, the numbers of Figure 4."""
+    runs, grids, left_out = {}, {}, []
     for path in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
         try:
             args = json.loads(path.read_text())
@@ -567,32 +615,43 @@ def print_table(folder):
             top1 = [float(entry["top1"]) for entry in log]
             source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
             column = f"{args['dataset']}{source} {args['arch']}"
-            seeds = rows.setdefault(args["name"], {}).setdefault(column, {})
+            weights = {key: args["recipe"][key] for key in ("alpha", "beta")}
+            name, grid = args["name"], run_name(SimpleNamespace(**args | weights))
             if not log or len(log) < args["epochs"]:
                 left_out.append(f"- {path.parent}: unfinished, {len(log)} of {args['epochs']} epochs")
-            elif args["seed"] in seeds:
+            elif args["seed"] in runs.setdefault((name, column), {}):
                 left_out.append(f"- {path.parent}: seed {args['seed']} again")
             else:
-                seeds[args["seed"]] = top1[-1], max(top1)
-                columns.add(column)
-        except (OSError, ValueError, KeyError, TypeError):
+                runs[name, column][args["seed"]] = top1[-1], max(top1)
+                grids.setdefault((column, grid), {})[args["alpha"], args["beta"]] = name
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             left_out.append(f"- {path.parent}: not a run that can be read")
-    if not rows and not left_out:
+    if not runs and not left_out:
         raise UserError(f"--table {folder}: no run in or below this folder (a run has an args.json)")
-    columns = sorted(columns)
+    names = sorted({name for name, _ in runs}, key=lambda name: (not name.startswith("baseline"), name))
+    columns = sorted({column for _, column in runs})
     print("Top-1 accuracy in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
-    print("| method |" + "".join(f" {column} |" for column in columns))
-    print("|---|" + "---|" * len(columns))
-    for name in sorted(rows, key=lambda name: (not name.startswith("baseline"), name)):
-        cells = [cell(list(rows[name].get(column, {}).values())) for column in columns]
-        if any(cells):
-            print(f"| {name} |" + "".join(f" {c} |" for c in cells))
+    print_rows("method", columns, {name: [cell(runs.get((name, column))) for column in columns] for name in names})
+    for (column, grid), cells in sorted(grids.items()):
+        alphas, betas = (sorted(set(values)) for values in zip(*cells))
+        if len(alphas) > 1 and len(betas) > 1:
+            print(f"\n{column} {grid}, alpha down, beta across:\n")
+            rows = {text(a): [cell(runs.get((cells.get((a, b)), column))) for b in betas] for a in alphas}
+            print_rows("alpha", [f"beta {text(b)}" for b in betas], rows)
     if left_out:
         print("\nNot averaged:\n" + "\n".join(left_out))
 
 
+def print_rows(corner, columns, rows):
+    """A markdown table: the names of the columns, and {name of a row: its cells}."""
+    print(f"| {corner} |" + "".join(f" {column} |" for column in columns))
+    print("|---|" + "---|" * len(columns))
+    for name, cells in rows.items():
+        print(f"| {name} |" + "".join(f" {c} |" for c in cells))
+
+
 def cell(runs):
-    """[(last, best), ...], one a seed -> 73.27 ± 0.45 (73.40 ± 0.41), n = 3; empty where nobody measured."""
+    """{seed: (last, best)} -> 73.27 ± 0.45 (73.40 ± 0.41), n = 3; empty where nobody measured."""
     if not runs:
         return ""
 
@@ -600,7 +659,7 @@ def cell(runs):
         deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.2f}{deviation}"
 
-    last, best = zip(*runs)
+    last, best = zip(*runs.values())
     return f"{spread(last)} ({spread(best)}), n = {len(runs)}"
 
 
@@ -669,14 +728,16 @@ def parser():
                "Every value that is not given is the recipe's of the data set.")
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=["shapes", "cifar100", "folder"], help="shapes: drawn in memory; cifar100: "
-                   "the official archive; folder: train/<class>/* and val/ or test/ (default shapes)")
-    g.add_argument("--data-dir", metavar="DIR", help="the folder that holds cifar-100-python/, or train/ "
-                   "(default data)")
-    g.add_argument("--download", action="store_true", default=None, help="fetch cifar100 where it is missing")
+    g.add_argument("--dataset", choices=["shapes", "cifar100", *data.OFFICIAL, "folder"], help="shapes: drawn in "
+                   "memory; folder: train/<class>/* and val/ or test/; the others: the official archives as they unpack "
+                   "(default shapes)")
+    g.add_argument("--data-dir", metavar="DIR", help="the folder into which the archives were unpacked, or that holds "
+                   "train/ (default data)")
+    g.add_argument("--download", action="store_true", default=None, help="fetch the data set where it is missing "
+                   f"(of {', '.join(DOWNLOADS)})")
     g.add_argument("--image-size", type=at_least(8), metavar="PX", help="side in pixels; up to 64 with the CIFAR stem, "
-                   "pad-crop and flip, above with the ImageNet stem and random resized crops (default 32; folder: the "
-                   "size of its images up to 64, else 224)")
+                   "pad-crop and flip, above with the ImageNet stem and random resized crops (default "
+                   f"{recipe_values('image_size')}; folder: the size of its images up to 64; Sec. 4.1)")
     g.add_argument("--per-class", type=at_least(1), metavar="N", help="train on the first N images of each class "
                    "(default all)")
 
@@ -691,7 +752,8 @@ def parser():
     g.add_argument("--alpha", type=not_negative, help="weight of the soft-label loss L_KD; larger trusts the "
                    f"self-teacher more, 0 is without (default {recipe_values('alpha')}; Sec. 4.1)")
     g.add_argument("--beta", type=not_negative, help="weight of the feature loss L_F; 0 is FRSKD\\F "
-                   f"(default {recipe_values('beta')}; Sec. 4.1)")
+                   f"(default {recipe_values('beta')}; Sec. 4.1; "
+                   f"{', '.join(f'{text(beta)} --feature-loss {name}' for name, beta in BETA.items())}, ours)")
     g.add_argument("--temperature", type=positive, help="K of L_KD; larger softens both distributions "
                    "(default 4; Sec. 4.1)")
     g.add_argument("--teacher", choices=["bifpnc", "bifpn"], help="bifpnc: --width times as wide as the network's "
@@ -699,11 +761,21 @@ def parser():
     g.add_argument("--width", type=at_least(1), help="w of bifpnc; 1 is the cheaper one of Table 6 "
                    "(default 2; Sec. 4.1)")
     g.add_argument("--channels", type=at_least(1), help="width of bifpn; Table 6 has 128 and 256 (default 256)")
+    g.add_argument("--feature-loss", choices=list(FEATURE_LOSSES), help="L_F of Table 5: attention transfer, FitNet or "
+                   "overhaul distillation (default at; Sec. 3.2)")
+    g.add_argument("--sla", action="store_true", default=None, help="FRSKD+SLA: joint heads for class and rotation; a "
+                   "step costs about five times as much")
+    g.add_argument("--mixup", nargs="?", const=True, type=positive, metavar="A", help="mix pairs of images and labels "
+                   f"by a share from Beta(A, A); larger mixes more (without A {text(MIXUP[0])} up to 64 px, "
+                   f"{text(MIXUP[1])} above; appendix)")
+    g.add_argument("--cutmix", nargs="?", const=CUTMIX, type=positive, metavar="A", help="paste a box of one image "
+                   f"into another, its area from Beta(A, A) (without A {text(CUTMIX)}; appendix)")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=at_least(1), help=f"(default {recipe_values('epochs')}; Sec. 4.1, shapes ours)")
     g.add_argument("--milestones", type=epoch_list, metavar="A,B,...", help="after these epochs the "
-                   "learning rate falls to a tenth; none is constant (default 1/2 and 3/4 of --epochs; Sec. 4.1)")
+                   "learning rate falls to a tenth; none is constant (default 1/2 and 3/4 of --epochs, imagenet 1/3 and "
+                   "2/3; Sec. 4.1)")
     g.add_argument("--batch-size", type=at_least(1), help=f"(default {recipe_values('batch_size')}; Sec. 4.1, shapes "
                    "ours)")
     g.add_argument("--lr", type=positive, help=f"of SGD, at the start (default {recipe_values('lr')}; Sec. 4.1, shapes "
@@ -751,8 +823,16 @@ def check_options(given):
     refuse(["channels"] if teacher == "bifpnc" else ["width"], f"has no effect with --teacher {teacher}")
     if dataset == "shapes":
         refuse(["data_dir"], "has no effect with --dataset shapes, which is drawn in memory")
-    if dataset != "cifar100":
+    if dataset == "imagenet":
+        refuse(["download"], "cannot fetch imagenet, which needs a registration: see image-net.org")
+    elif dataset not in DOWNLOADS:
         refuse(["download"], f"has no effect with --dataset {dataset}")
+    if given.get("beta") == 0:
+        refuse(["feature_loss"], "has no effect with --beta 0, which is without a feature loss")
+    if "mixup" in given:
+        refuse(["cutmix"], "does not go with --mixup: one of them")
+    if "sla" in given:
+        refuse(["mixup", "cutmix"], "does not go with --sla, whose labels of class and rotation cannot be mixed")
     if arch is None or own_network(arch):
         refuse(
             ["blocks"],
@@ -764,6 +844,8 @@ def check_options(given):
         )
     elif "blocks" not in given:
         raise UserError(f"--arch {arch} needs --blocks, the modules whose outputs are F_1..F_n, such as --blocks a,b,c")
+    elif given.get("feature_loss") == "od":
+        raise UserError(f"--feature-loss od compares maps before their ReLU, which --arch {arch} does not give")
 
 
 def check_values(args):
