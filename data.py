@@ -428,16 +428,21 @@ def missing(paths):
 
 
 def fetch(url, md5, folder):
-    """Downloads a file into a folder, compares its checksum where there is one, and unpacks it."""
+    """Downloads a file into a folder, compares its checksum where there is one, and unpacks it.
+
+    It gets its own name at the end, so a download that was cut short is never taken for the archive.
+    """
     archive = folder / url.rpartition("/")[2]
-    partial = archive.with_name(archive.name + ".partial")
+    partial = archive.with_name("partial-" + archive.name)
+    source = archive if check_integrity(archive, md5) else partial
     try:
-        if not check_integrity(archive, md5):
-            partial.unlink(missing_ok=True)
+        if source is partial:
+            if md5 is None:
+                partial.unlink(missing_ok=True)  # else torchvision takes what is there
             download_url(url, folder, partial.name, md5)
-            partial.replace(archive)
         if archive.suffix != ".txt":
-            extract_archive(archive, folder)
+            extract_archive(source, folder)
+        source.replace(archive)
     except Exception as error:  # of urllib, tarfile, zipfile, zlib, the file system ...
         raise DataError(f"cannot fetch {url} into {folder}: {' '.join(str(error).split())}") from None
 

@@ -4,6 +4,9 @@ Each test is one claim. Values that a test compares with were worked out by hand
 """
 
 import ast
+import functools
+import hashlib
+import http.server
 import json
 import math
 import os
@@ -11,10 +14,13 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -732,7 +738,6 @@ def test_images_of_any_mode_become_rgb_and_16_bits_are_refused(tmp_path):
 
 def test_cifar100_and_the_same_pixels_as_folders_give_the_same_numbers(tmp_path, monkeypatch):
     """An archive in CIFAR-100's layout, its images shuffled, against class folders sorted by name."""
-    import hashlib
     import pickle
 
     archive, names = tmp_path / "cifar-100-python", ["apple", "baby", "worm"]
@@ -760,6 +765,400 @@ def test_cifar100_and_the_same_pixels_as_folders_give_the_same_numbers(tmp_path,
     for dataset, where in (("cifar100", tmp_path), ("folder", tmp_path / "folders")):
         assert main("--dataset", dataset, "--data-dir", where, options, "--output", tmp_path / dataset) == 0
     assert numbers(tmp_path / "cifar100") == numbers(tmp_path / "folder")
+
+
+# ------------------------------------------------------------------- official archives, as tiny trees of their layout
+
+
+def picture(path, mode="RGB", kind="JPEG"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (18, 20)).save(path, format=kind)
+
+
+def write(path, content, newline="\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.replace("\n", newline).encode())
+
+
+def mat_file(path, names, deflate=True):
+    """file_list, annotation_list and labels in a MAT-file of version 5, characters of two bytes, as MATLAB writes."""
+
+    def element(kind, body):
+        return struct.pack("<II", kind, len(body)) + body + b"\0" * (-len(body) % 8)
+
+    def array(kind, shape, name, body):  # kind: 1 cell, 4 char, 9 uint8
+        head = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<2i", *shape)) + element(1, name)
+        return element(14, head + body)
+
+    def cell(name, strings):
+        return array(1, (len(strings), 1), name, b"".join(
+            array(4, (1, len(s)), b"", element(4, s.encode("utf-16-le"))) for s in strings))  # fmt: skip
+
+    variables = [
+        cell(b"file_list", names),
+        cell(b"annotation_list", [name.removesuffix(".jpg") for name in names]),
+        array(9, (len(names), 1), b"labels", element(2, bytes(range(1, len(names) + 1)))),
+    ]
+    if deflate:
+        variables = [struct.pack("<II", 15, len(z)) + z for z in map(zlib.compress, variables)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<HH", 0x0100, 0x4D49) + b"".join(variables))
+
+
+# Each writes a tree below root -> (path, class id) of the training images and of the test images, sorted by class.
+
+
+def tinyimagenet_tree(root):
+    root = root / "tiny-imagenet-200"
+    write(root / "wnids.txt", "n02\nn01\n")  # not sorted
+    write(root / "words.txt", "n01\tgoldfish\nn02\tbullfrog\nn03\tnewt\n")
+    for wnid in ("n01", "n02"):
+        names = [f"{wnid}_{n}.JPEG" for n in (0, 10, 2)]
+        for name in names:
+            picture(root / "train" / wnid / "images" / name, "L" if name == "n01_2.JPEG" else "RGB")
+        write(root / "train" / wnid / f"{wnid}_boxes.txt", "".join(f"{name}\t0\t0\t62\t62\n" for name in names))
+    write(root / "val/val_annotations.txt", "val_0.JPEG\tn02\t0\t32\t44\t62\nval_1.JPEG\tn01\t0\t0\t5\t5\n")
+    for name in ("val/images/val_0.JPEG", "val/images/val_1.JPEG", "test/images/test_0.JPEG"):
+        picture(root / name)
+    train = [(f"train/{w}/images/{w}_{n}.JPEG", c) for c, w in enumerate(("n01", "n02")) for n in (0, 10, 2)]
+    return train, [("val/images/val_1.JPEG", 0), ("val/images/val_0.JPEG", 1)]
+
+
+def cub200_tree(root):
+    write(root / "attributes.txt", "1 has_bill_shape::curved\n")  # beside the folder, as in the archive
+    root = root / "CUB_200_2011"
+    black, laysan = "001.Black_footed_Albatross", "002.Laysan_Albatross"
+    paths = [f"{black}/Black_Footed_Albatross_0046_18.jpg", f"{black}/Black_Footed_Albatross_0009_34.jpg"]
+    paths += [f"{laysan}/Laysan_Albatross_0002_1027.jpg", f"{laysan}/Laysan_Albatross_0001_545.jpg"]
+    paths += [f"{black}/Black_Footed_Albatross_0001_1.jpg"]
+    write(root / "images.txt", "".join(f"{i} {path}\n" for i, path in enumerate(paths, 1)))
+    write(root / "image_class_labels.txt", "5 1\n1 1\n2 1\n3 2\n4 2\n")  # in another order: joined on the id
+    write(root / "train_test_split.txt", "1 1\n2 1\n3 1\n4 0\n5 0\n")
+    write(root / "classes.txt", f"1 {black}\n2 {laysan}\n")
+    write(root / "bounding_boxes.txt", "1 60.0 27.0 325.0 304.0\n")
+    for i, path in enumerate(paths):
+        picture(root / "images" / path, "L" if i == 0 else "RGB")
+    train = [(f"images/{paths[1]}", 0), (f"images/{paths[0]}", 0), (f"images/{paths[2]}", 1)]
+    return train, [(f"images/{paths[4]}", 0), (f"images/{paths[3]}", 1)]
+
+
+def mit67_tree(root):
+    train = ["nursery/baby's_room.jpg.jpg", "mall/shopping mall.jpg", "mall/a_gif.jpg"]  # shuffled
+    test = ["mall/food court.jpg", "nursery/n1.jpg"]
+    write(root / "TrainImages.txt", "\n".join(train))  # no newline at the end
+    write(root / "TestImages.txt", "\n".join(test))
+    for name in (*train, *test, "mall/IN_NO_LIST.JPG", "nursery/in_no_list.jpg"):
+        picture(root / "Images" / name, kind="GIF" if "gif" in name else "JPEG")
+    return (
+        [("Images/mall/a_gif.jpg", 0), ("Images/mall/shopping mall.jpg", 0), ("Images/nursery/baby's_room.jpg.jpg", 1)],
+        [("Images/mall/food court.jpg", 0), ("Images/nursery/n1.jpg", 1)],
+    )
+
+
+def stanford40_tree(root):
+    train = ["watching_TV_001.jpg", "writing_on_a_book_001.jpg", "writing_on_a_book_002.jpg"]
+    test = ["watching_TV_002.jpg", "writing_on_a_book_003.jpg"]
+    write(root / "ImageSplits/train.txt", "\n".join(train) + "\n", newline="\r\n")
+    write(root / "ImageSplits/test.txt", "\n".join(test) + "\n", newline="\r\n")
+    write(root / "ImageSplits/actions.txt", "action_name\tnumber_of_images\nwatching_TV\t\t2\n", newline="\r\n")
+    for name in train + test:
+        picture(root / "JPEGImages" / name)
+    labels = {"watching_TV": 0, "writing_on_a_book": 1}
+    return tuple([(f"JPEGImages/{n}", labels[n.rsplit("_", 1)[0]]) for n in names] for names in (train, test))
+
+
+def dogs_tree(root):
+    tan, terrier = "n02089078-black-and-tan_coonhound", "n02095314-wire-haired_fox_terrier"
+    train = [f"{tan}/n02089078_1.jpg", f"{tan}/n02089078_22.jpg", f"{terrier}/n02095314_3.jpg"]
+    test = [f"{tan}/n02089078_4.jpg", f"{terrier}/n02095314_5.jpg"]
+    mat_file(root / "train_list.mat", train)
+    mat_file(root / "test_list.mat", test, deflate=False)
+    mat_file(root / "file_list.mat", train + test)
+    for k, name in enumerate(train + test):
+        picture(root / "Images" / name, *(("RGBA", "PNG") if k == 0 else ()))  # a PNG with transparency, named .jpg
+        write(root / "Annotation" / name.removesuffix(".jpg"), "<annotation/>")
+    label = {tan: 0, terrier: 1}
+    return tuple([(f"Images/{n}", label[n.split("/")[0]]) for n in names] for names in (train, test))
+
+
+def imagenet_tree(root):
+    train = [("train/n01440764/n01440764_1.JPEG", 0), ("train/n01440764/n01440764_2.JPEG", 0)]
+    train += [("train/n02105855/n02105855_2933.JPEG", 1)]
+    test = [("val/n01440764/ILSVRC2012_val_00000002.JPEG", 0), ("val/n02105855/ILSVRC2012_val_00000001.JPEG", 1)]
+    for k, (name, _) in enumerate(train + test):
+        picture(root / name, *(("CMYK", "JPEG"), ("RGB", "JPEG"), ("RGBA", "PNG"))[min(k, 2)])
+    return train, test
+
+
+TREES = {
+    "tinyimagenet": tinyimagenet_tree,
+    "cub200": cub200_tree,
+    "mit67": mit67_tree,
+    "stanford40": stanford40_tree,
+    "dogs": dogs_tree,
+    "imagenet": imagenet_tree,
+}
+
+
+@pytest.fixture
+def tree(request, tmp_path, monkeypatch):
+    """(data set, its folder): a tiny tree, whose size stands in for the official one."""
+    dataset = request.param
+    train_images, test_images = TREES[dataset](tmp_path / "data")
+    monkeypatch.setattr(data.OFFICIAL[dataset], "expected", (2, len(train_images), len(test_images)))
+    return dataset, tmp_path / "data"
+
+
+@pytest.mark.parametrize("dataset", TREES)
+def test_official_archives_are_read_as_they_unpack(tmp_path, dataset):
+    """The right images and labels in each split, sorted by class; each becomes RGB."""
+    listed = TREES[dataset](tmp_path / "data")
+    expected = (2, *map(len, listed))
+    folder = tmp_path / "data" / {"tinyimagenet": "tiny-imagenet-200", "cub200": "CUB_200_2011"}.get(dataset, "")
+    for data_dir in (tmp_path / "data", folder):  # the folder into which it was unpacked, or its own
+        d = data.load(dataset, data_dir=data_dir, image_size=224, expected=expected)
+        for split, samples in zip((d.train, d.test), listed):
+            assert [(Path(path).relative_to(folder).as_posix(), label) for path, label in
+                    zip(split.images, split.labels.tolist())] == samples  # fmt: skip
+            assert all(data.read_image(path).mode == "RGB" for path in split.images)
+    assert d.classes == sorted(d.classes) and len(d.classes) == 2
+    assert d.test_name == ("val" if dataset in ("tinyimagenet", "imagenet") else "test")
+
+
+def test_archives_without_a_folder_of_their_own_may_lie_in_one(tmp_path):
+    """MIT67's and Dogs' both unpack to Images/: --download keeps them apart."""
+    for dataset in ("mit67", "stanford40", "dogs", "imagenet"):
+        listed = TREES[dataset](tmp_path / dataset)
+        data.load(dataset, data_dir=tmp_path, image_size=224, expected=(2, *map(len, listed)))
+
+
+@pytest.mark.parametrize("place", ["{}/{}", "{}/images/{}"])
+def test_tinyimagenet_is_read_where_val_was_sorted_into_class_folders(tmp_path, place):
+    _, test = tinyimagenet_tree(tmp_path)
+    val = tmp_path / "tiny-imagenet-200/val"
+    for path, label in test:
+        target = val / place.format(("n01", "n02")[label], Path(path).name)
+        target.parent.mkdir(parents=True)
+        (tmp_path / "tiny-imagenet-200" / path).rename(target)
+    d = data.load("tinyimagenet", data_dir=tmp_path, expected=(2, 6, 2), image_size=224)
+    assert [Path(p).name for p in d.test.images] == ["val_1.JPEG", "val_0.JPEG"]
+
+
+def test_dogs_lists_may_lie_in_a_folder_of_their_own(tmp_path):
+    dogs_tree(tmp_path)
+    (tmp_path / "lists").mkdir()
+    for name in ("train_list.mat", "test_list.mat"):
+        (tmp_path / name).rename(tmp_path / "lists" / name)
+    assert len(data.load("dogs", data_dir=tmp_path, expected=(2, 3, 2), image_size=224).train) == 3
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    "tree, name, change, message",
+    [  # a file removed (None), cut short (an int), or edited; {} is its path
+        ("tinyimagenet", "tiny-imagenet-200/train/n01/images/n01_10.JPEG", None, "1 of 8 images are missing, first {}"),
+        ("tinyimagenet", "tiny-imagenet-200/val/images/val_1.JPEG", None, "1 of 8 images are missing, first {}"),
+        ("tinyimagenet", "tiny-imagenet-200/train/n02", None, "1 classes, 3 training and 2 test images, not 2 classes"),
+        (
+            "tinyimagenet",
+            "tiny-imagenet-200/val/val_annotations.txt",
+            ("\t62\n", "\n"),
+            "{}, line 1: 6 fields expected",
+        ),
+        (
+            "tinyimagenet",
+            "tiny-imagenet-200/val/val_annotations.txt",
+            ("n02", "n3"),
+            "no training image of the class n3",
+        ),
+        ("cub200", "CUB_200_2011/images/002.Laysan_Albatross/Laysan_Albatross_0001_545.jpg", None, "1 of 5 images are"),
+        ("cub200", "CUB_200_2011/images", None, "5 of 5 images are missing"),
+        ("cub200", "CUB_200_2011/train_test_split.txt", ("5 0\n", ""), "do not name the same images"),
+        ("cub200", "CUB_200_2011/train_test_split.txt", ("5 0", "5 1"), "2 classes, 4 training and 1 test images, not"),
+        ("cub200", "CUB_200_2011/classes.txt", ("2 002.Laysan_Albatross\n", ""), "{} does not name the class 2"),
+        ("cub200", "CUB_200_2011/image_class_labels.txt", None, "{} is missing"),
+        ("mit67", "Images/mall/shopping mall.jpg", None, "1 of 5 images are missing, first {}"),
+        ("mit67", "TestImages.txt", None, "{} is missing"),
+        ("mit67", "TestImages.txt", ("food court", "shopping mall"), "Images/mall/shopping mall.jpg more than once"),
+        ("stanford40", "JPEGImages/watching_TV_001.jpg", None, "1 of 5 images are missing, first {}"),
+        ("stanford40", "ImageSplits/train.txt", ("watching_TV_001.jpg\r\n", ""), "1 classes, 2 training and 2 test"),
+        ("stanford40", "ImageSplits/test.txt", None, "{} is missing"),
+        (
+            "dogs",
+            "Images/n02089078-black-and-tan_coonhound/n02089078_4.jpg",
+            None,
+            "1 of 5 images are missing, first {}",
+        ),
+        ("dogs", "test_list.mat", None, "{} is missing"),
+        ("dogs", "train_list.mat", 200, "{} is cut short, or no MAT-file of version 5"),
+        ("imagenet", "train/n02105855/n02105855_2933.JPEG", None, "Found no valid file for the classes n02105855"),
+        (
+            "imagenet",
+            "train/n01440764/n01440764_2.JPEG",
+            None,
+            "2 classes, 2 training and 2 test images, not 2 classes",
+        ),
+        ("imagenet", "val", None, "neither val/ nor ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz is in"),
+    ],
+    indirect=["tree"],
+)
+def test_an_archive_that_is_not_whole_is_refused_by_name(tree, capsys, name, change, message):
+    dataset, root = tree
+    path = root / name
+    if isinstance(change, tuple):
+        assert change[0].encode() in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(change[0].encode(), change[1].encode(), 1))
+    elif change:
+        path.write_bytes(path.read_bytes()[:change])
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    line = refused(capsys, "--dataset", dataset, "--data-dir", root, "--device", "cpu")
+    assert message.format(path) in line
+    archive = "ILSVRC2012_img_train.tar" if dataset == "imagenet" else data.OFFICIAL[dataset].archives[0][0]
+    assert archive in line and ("--download" in line) == (dataset != "imagenet")
+
+
+@pytest.mark.parametrize("dataset", TREES)
+def test_a_data_set_that_is_not_there_says_which_archive_to_put_where(tmp_path, capsys, dataset):
+    line = refused(capsys, "--dataset", dataset, "--data-dir", tmp_path / "empty", "--device", "cpu")
+    assert f"no {data.OFFICIAL[dataset].title} in {tmp_path / 'empty'}" in line and f"into {tmp_path / 'empty'}" in line
+    assert all(url in line for url, _ in data.OFFICIAL[dataset].archives)
+
+
+def test_a_dogs_image_that_the_lists_name_once_each_is_read_from_either_compression(tmp_path):
+    """MAT-files with deflated elements and with plain ones hold the same names."""
+    names = [f"n02085620-Chihuahua/n02085620_{i}.jpg" for i in (7, 3)] + [
+        "n02116738-African_hunting_dog/n02116738_1.jpg"
+    ]
+    for deflate in (True, False):
+        mat_file(tmp_path / "list.mat", names, deflate)
+        assert data.mat_names(tmp_path / "list.mat") == names
+
+
+@pytest.mark.parametrize("tree", TREES, indirect=True)
+def test_every_data_set_trains(tree, tmp_path, capsys):
+    """Through the command line, at a size for which images are decoded once."""
+    dataset, root = tree
+    options = "--arch wrn10_1 --image-size 16 --batch-size 2 --epochs 1 --device cpu --output".split()
+    assert main("--dataset", dataset, "--data-dir", root, options, tmp_path / "run") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{dataset} wrn10_1 frskd-bs2-px16-e1 seed 0: top-1 ")
+
+
+@pytest.mark.parametrize("tree", ["cub200"], indirect=True)
+def test_224_pixel_recipe_trains_and_draws_its_attention_maps(tree, tmp_path):
+    """Figure 3: the input, four blocks of the ResNet and of its self-teacher; two classes here, so two images."""
+    options = "--batch-size 3 --epochs 1 --workers 0 --device cpu --output".split()
+    assert main("--dataset", tree[0], "--data-dir", tree[1], options, tmp_path / "run") == 0
+    args = json.loads((tmp_path / "run/args.json").read_text())
+    assert (args["arch"], args["image_size"], args["stats"]) == ("resnet18", 224, "imagenet")
+    assert Image.open(tmp_path / "run/attention.png").size == (150 + 5 * 116, 24 + 2 * (2 * 116 + 4))
+
+
+def test_imagenet_is_unpacked_from_its_archives(tmp_path, monkeypatch):
+    """train: a tar of one tar a class; val: a flat tar, whose labels are in the devkit, which meta.bin stands for."""
+    from torchvision.datasets import imagenet
+
+    imagenet_tree(tmp_path / "tree")
+    root = tmp_path / "data"
+    root.mkdir()
+    for wnid in ("n01440764", "n02105855"):
+        with tarfile.open(tmp_path / f"{wnid}.tar", "w") as tar:
+            for path in sorted((tmp_path / "tree/train" / wnid).iterdir()):
+                tar.add(path, path.name)
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as tar:
+        for path in tmp_path.glob("n*.tar"):
+            tar.add(path, path.name)
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as tar:
+        for path in (tmp_path / "tree/val").glob("*/*"):
+            tar.add(path, path.name)
+    wnids = {"n01440764": ("tench",), "n02105855": ("Shetland sheepdog",)}
+    torch.save((wnids, ["n02105855", "n01440764"]), root / "meta.bin")  # of val images 1 and 2
+    sums = {k: (f, hashlib.md5((root / f).read_bytes()).hexdigest()) for k, (f, _) in imagenet.ARCHIVE_META.items()
+            if k != "devkit"}  # fmt: skip
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", sums)
+    d = data.load("imagenet", data_dir=root, image_size=224, expected=(2, 3, 2))
+    names = [[Path(path).name for path in split.images] for split in (d.train, d.test)]
+    assert names[1] == ["ILSVRC2012_val_00000002.JPEG", "ILSVRC2012_val_00000001.JPEG"]
+    assert names[0] == ["n01440764_1.JPEG", "n01440764_2.JPEG", "n02105855_2933.JPEG"]
+    (root / "ILSVRC2012_img_val.tar").write_bytes(b"half")
+    shutil.rmtree(root / "val")
+    with pytest.raises(data.DataError, match="ILSVRC2012_img_val.tar is not present in the root directory or is corr"):
+        data.load("imagenet", data_dir=root, expected=(2, 3, 2))
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(a folder, its address on localhost)."""
+    (tmp_path / "served").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_download_fetches_verifies_and_unpacks(tmp_path, served, monkeypatch, capsys):
+    """From an archive on localhost: fetched, repaired where half unpacked, and refused where its checksum differs."""
+    where, address = served
+    listed = cub200_tree(tmp_path / "tree")
+    with tarfile.open(where / "CUB_200_2011.tgz", "w:gz") as tar:
+        for path in (tmp_path / "tree").iterdir():
+            tar.add(path, path.name)
+    good = hashlib.md5((where / "CUB_200_2011.tgz").read_bytes()).hexdigest()
+    official = data.OFFICIAL["cub200"]
+    monkeypatch.setattr(official, "expected", (2, *map(len, listed)))
+
+    def fetch_from(url, md5):
+        monkeypatch.setattr(official, "archives", ((url, md5),))
+
+    options = (
+        "--dataset cub200 --arch wrn10_1 --image-size 16 --batch-size 2 --epochs 1 --device cpu --download".split()
+    )
+    options += ["--data-dir", tmp_path / "data", "--overwrite", "--output", tmp_path / "run"]
+    fetch_from(address + "/absent.tgz", good)
+    assert f"cannot fetch {address}/absent.tgz into {tmp_path / 'data'}: HTTP Error 404" in refused(capsys, options)
+    fetch_from(address + "/CUB_200_2011.tgz", "0" * 32)
+    capsys.readouterr()
+    assert main(options) == 2
+    assert "/CUB_200_2011.tgz into" in (line := shown(capsys.readouterr().err)[-1]) and "corrupted" in line
+    assert not (tmp_path / "data/CUB_200_2011").exists()
+    fetch_from(address + "/CUB_200_2011.tgz", good)
+    assert main(options) == 0
+    (where / "CUB_200_2011.tgz").unlink()  # the archive stays in --data-dir: nothing is fetched again
+    shutil.rmtree(tmp_path / "data/CUB_200_2011/images/002.Laysan_Albatross")
+    assert main(options) == 0
+
+
+def test_download_of_archives_without_a_folder_or_a_checksum(tmp_path, served, monkeypatch):
+    """They get a folder of their own below --data-dir; a zip that arrives cut short is refused."""
+    where, address = served
+    listed = stanford40_tree(tmp_path / "tree")
+    for name in ("JPEGImages", "ImageSplits"):
+        shutil.make_archive(where / name, "zip", tmp_path / "tree", name)
+    official = data.OFFICIAL["stanford40"]
+    monkeypatch.setattr(
+        official, "archives", tuple((f"{address}/{n}.zip", None) for n in ("JPEGImages", "ImageSplits"))
+    )
+    kwargs = dict(data_dir=tmp_path / "data", image_size=224, download=True, expected=(2, *map(len, listed)))
+    whole = (where / "JPEGImages.zip").read_bytes()
+    (where / "JPEGImages.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(data.DataError, match="cannot fetch .*JPEGImages.zip"):
+        data.load("stanford40", **kwargs)
+    (where / "JPEGImages.zip").write_bytes(whole)
+    d = data.load("stanford40", **kwargs)
+    assert len(d.train) == 3 and (tmp_path / "data/stanford40/ImageSplits/train.txt").exists()
 
 
 # ----------------------------------------------------------------------------------- loaders and their randomness
