@@ -1326,9 +1326,14 @@ def weights(folder):
     return torch.load(folder / "last.pt", weights_only=True)["method"]
 
 
+def given(*argv):
+    """What the parser makes of a command line, as main sees it."""
+    values = vars(train.parser().parse_args(shlex.split(" ".join(argv))))
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def name_of(*argv):
-    given = {k: v for k, v in vars(train.parser().parse_args(shlex.split(" ".join(argv)))).items() if v is not None}
-    return train.run_name(train.resolve(given))
+    return train.run_name(train.resolve(given(*argv)))
 
 
 @pytest.fixture(scope="module")
@@ -1339,12 +1344,28 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_recipes_are_those_of_section_4_1():
-    """Sec. 4.1: SGD, lr 0.1, weight decay 1e-4, 200 epochs, /10 at 100 and 150, K = 4, w = 2."""
-    for recipe in ("cifar100", "folder up to 64 px", "folder above 64 px"):
-        args = train.resolve(dict(dataset="cifar100") | {k: v for k, v in train.RECIPES[recipe].items()})
-        assert (args.epochs, args.milestones, args.lr, args.weight_decay) == (200, [100, 150], 0.1, 1e-4)
-        assert (args.temperature, args.width, args.teacher, args.momentum) == (4, 2, "bifpnc", 0.9)
+@pytest.mark.parametrize("dataset, alpha, beta, batch_size, mixup, image_size, stats", [
+    ("cifar100", 2, 100, 128, 0.2, 32, ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
+    ("tinyimagenet", 3, 100, 128, 0.2, 32, ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))),
+    ("cub200", 1, 200, 32, 0.3, 224, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    ("mit67", 1, 200, 32, 0.3, 224, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    ("stanford40", 1, 200, 32, 0.3, 224, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    ("dogs", 1, 200, 32, 0.3, 224, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    ("imagenet", 1, 200, 256, 0.3, 224, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+])  # fmt: skip
+def test_recipe_is_that_of_section_4_1_and_the_appendix(dataset, alpha, beta, batch_size, mixup, image_size, stats):
+    """SGD, lr 0.1, weight decay 1e-4, 200 epochs, /10 at 100 and 150; ImageNet 90, 30 and 60; K = 4, w = 2."""
+    args = train.resolve(given("--dataset", dataset, "--mixup"))
+    assert (args.alpha, args.beta, args.batch_size, args.mixup) == (alpha, beta, batch_size, mixup)
+    assert (args.epochs, args.milestones) == ((90, [30, 60]) if dataset == "imagenet" else (200, [100, 150]))
+    assert (args.lr, args.weight_decay, args.momentum) == (0.1, 1e-4, 0.9)
+    assert (args.temperature, args.width, args.teacher, args.arch) == (4, 2, "bifpnc", "resnet18")
+    assert (args.image_size, data.STATS[args.stats]) == (image_size, stats)
+    assert train.resolve(given("--dataset", dataset, "--cutmix")).cutmix == 1.0
+    assert {train.resolve(given("--dataset", dataset, f"--feature-loss {f}")).beta for f in ("fitnet", "od")} == {
+        1,
+        0.01,
+    }
 
 
 @pytest.mark.parametrize("size, recipe", [(40, (40, 2, 100, 128)), (80, (224, 1, 200, 32))])
@@ -1375,6 +1396,20 @@ def test_learning_rate_falls_at_the_milestones(tmp_path):
         ("--epochs 20 --milestones 5,10", "frskd-e20-ms5,10"),
         ("--temperature 2 --image-size 48 --amp", "frskd-t2-px48-amp"),
         ("--seed 3 --workers 1 --device cpu --compile", "frskd"),
+        ("--sla", "frskd+sla"),
+        ("--sla --beta 0", "frskd+sla-nofeat"),
+        ("--mixup", "frskd+mixup0.2"),
+        ("--mixup --image-size 72", "frskd+mixup0.3-px72"),
+        ("--mixup 0.4 --beta 0", "frskd+mixup0.4-nofeat"),
+        ("--cutmix", "frskd+cutmix"),
+        ("--cutmix 0.5", "frskd+cutmix0.5"),
+        ("--method baseline --cutmix", "baseline+cutmix"),
+        ("--method baseline --mixup", "baseline+mixup0.2"),
+        ("--feature-loss at", "frskd"),
+        ("--feature-loss fitnet", "frskd-fitnet"),
+        ("--feature-loss od --beta 0.01", "frskd-od"),
+        ("--feature-loss od --beta 100", "frskd-od-beta100"),
+        ("--feature-loss fitnet --teacher bifpn --channels 128 --sla", "frskd+sla-fitnet-bifpn128"),
     ],
 )
 def test_a_run_is_named_by_what_changes_its_result(options, name):
@@ -1644,9 +1679,88 @@ def test_bf16_autocast_trains_near_float32(run, tmp_path):
     assert 0 < abs(log_of(tmp_path)[0]["ce"] - log_of(run)[0]["ce"]) < 0.1
 
 
-def test_bifpn_trains(tmp_path):
+VARIANTS = {  # options -> name; one run of each, below one folder
+    "--method baseline": "baseline",
+    "--method baseline --cutmix": "baseline+cutmix",
+    "--method baseline --mixup": "baseline+mixup0.2",
+    "": "frskd",
+    "--beta 0": "frskd-nofeat",
+    "--sla": "frskd+sla",
+    "--sla --beta 0": "frskd+sla-nofeat",
+    "--mixup": "frskd+mixup0.2",
+    "--cutmix": "frskd+cutmix",
+    "--feature-loss fitnet": "frskd-fitnet",
+    "--feature-loss od": "frskd-od",
+    "--sla --feature-loss od": "frskd+sla-od",
+    "--teacher bifpn --channels 24": "frskd-bifpn24",
+    "--teacher bifpn --channels 24 --sla": "frskd+sla-bifpn24",
+    "--width 1": "frskd-w1",
+}
+
+
+def test_every_variant_trains_under_a_name_of_its_own_and_the_table_tells_them_apart(tmp_path, capsys):
+    for options, name in VARIANTS.items():
+        assert main(TINY, "--epochs 1".split(), options.split()) == 0
+        (entry,) = log_of(tmp_path / f"runs/shapes-wrn10_1-{name}-bs16-px16-n8-e1-s0")
+        terms = {"ce"}
+        if "baseline" not in name:
+            terms |= {"ce_t", "kd"} | ({"feat"} if "nofeat" not in name else set())
+        if "sla" in name:
+            terms |= {"ce_joint", "ce_joint_t", "kd_joint", "kd_joint_t"}
+        assert {key for key in entry if key.startswith(("ce", "kd", "feat"))} == terms
+    assert len(list((tmp_path / "runs").iterdir())) == len(VARIANTS)
+    capsys.readouterr()
+    assert main("--table", "runs") == 0
+    rows = re.findall(r"^\| (\S+)-bs16-px16-n8-e1 \| \d+\.\d\d ", capsys.readouterr().out, re.M)
+    assert sorted(rows) == sorted(VARIANTS.values()) and [row.startswith("base") for row in rows[:4]] == [True] * 3 + [
+        False
+    ]
+
+
+def test_bifpn_is_as_wide_as_asked(tmp_path):
     assert main(TINY, "--epochs 1 --teacher bifpn --channels 24 --output".split(), tmp_path) == 0
     assert weights(tmp_path)["teacher.fc.weight"].shape == (8, 24)
+
+
+@pytest.mark.parametrize("options", ["--cutmix", "--mixup", "--sla --feature-loss od"])
+def test_variants_resume_the_same(tmp_path, options):
+    """Mixing draws from (seed, epoch, step); joint heads, connectors and their momenta are in the checkpoint."""
+    options = TINY + "--milestones none".split() + options.split() + ["--output"]
+    main(options, tmp_path / "whole", "--epochs", 3)
+    main(options, tmp_path / "cut", "--epochs", 1)
+    assert main("--resume", tmp_path / "cut", "--epochs", 3) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_student_of_every_variant_is_the_plain_network(tmp_path, capsys):
+    """What training added, joint heads and connectors, is not in student.pt."""
+    assert main(TINY, "--epochs 1 --sla --feature-loss od --output".split(), tmp_path) == 0
+    frskd.WideResNet(10, 1, 8).load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True), strict=True)
+    capsys.readouterr()
+    assert main("--eval", tmp_path / "student.pt") == 0
+    assert "top-1 {top1:.2f} top-5 {top5:.2f}".format(**log_of(tmp_path)[-1]) in capsys.readouterr().out
+
+
+def test_resume_without_a_path_takes_mixup_without_a_value(tmp_path, capsys):
+    """The same command again, as an elastic restart gives it."""
+    options = TINY + ["--epochs", 1, "--mixup", "--resume", "--output", tmp_path]
+    assert main(options) == main(options) == 0
+    assert "--mixup 0.4 differs from the checkpoint's 0.2" in refused(capsys, options, "--mixup", "0.4")
+
+
+def test_table_prints_alpha_against_beta(tmp_path, capsys):
+    """Figure 4: a grid where runs differ in both; a pair that nobody ran is empty."""
+    for alpha, beta in ((1, 50), (1, 100), (2, 100)):
+        main(TINY, "--epochs 1 --alpha".split(), alpha, "--beta", beta, "--output", tmp_path / f"{alpha}-{beta}")
+    main(TINY, "--epochs 1 --method baseline --output".split(), tmp_path / "baseline")
+    capsys.readouterr()
+    assert main("--table", tmp_path) == 0
+    *_, title, _, header, _, one, two = capsys.readouterr().out.splitlines()
+    top1 = {name: f"{log_of(tmp_path / name)[-1]['top1']:.2f}" for name in ("1-50", "1-100", "2-100")}
+    assert title == "shapes wrn10_1 frskd-bs16-px16-n8-e1, alpha down, beta across:"
+    assert header == "| alpha | beta 50 | beta 100 |"
+    assert one.startswith(f"| 1 | {top1['1-50']} (") and f"| {top1['1-100']} (" in one
+    assert two.startswith(f"| 2 |  | {top1['2-100']} (")
 
 
 def test_table_averages_seeds_and_lists_what_it_leaves_out(tmp_path, capsys):
@@ -1709,6 +1823,17 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--dataset folder --download", "--download has no effect with --dataset folder"),
         ("--data-dir x", "--data-dir has no effect with --dataset shapes"),
         ("--dataset folder --resume --overwrite", "--overwrite and --resume do not go together"),
+        ("--dataset folder --mixup --cutmix", "--cutmix does not go with --mixup"),
+        ("--dataset cub200 --sla --mixup", "--mixup does not go with --sla"),
+        ("--dataset cub200 --sla --cutmix 0.5", "--cutmix does not go with --sla"),
+        ("--dataset folder --method baseline --sla", "--sla has no effect with --method baseline"),
+        ("--dataset folder --method baseline --feature-loss od", "--feature-loss has no effect with --method base"),
+        ("--dataset folder --beta 0 --feature-loss od", "--feature-loss has no effect with --beta 0"),
+        (
+            "--dataset cub200 --arch mobilenet_v2 --blocks features.3 --feature-loss od",
+            "--feature-loss od compares maps",
+        ),
+        ("--dataset imagenet --download", "--download cannot fetch imagenet, which needs a registration"),
         ("--dataset folder --arch resnet18 --blocks layer1", "--blocks is for the networks of torchvision.models"),
         ("--dataset folder --arch densenet121", "--arch densenet121 needs --blocks"),
         ("--dataset folder --arch resnet19", "--arch resnet19: neither"),
@@ -1730,6 +1855,9 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--lr 1e300", "argument --lr: '1e300' is not a number above 0"),
         ("--seed 99999999999999999999999", "argument --seed: '99999999999999999999999' is not a whole number"),
         ("--output=", "argument --output: an empty name"),
+        ("--mixup 0", "argument --mixup: '0' is not a number above 0"),
+        ("--cutmix x", "argument --cutmix: 'x' is not a number above 0"),
+        ("--feature-loss l2", "argument --feature-loss: invalid choice: 'l2'"),
         ("--table . --epochs 3", "--table goes without any other option"),
         ("--epoch 5", "unrecognized arguments: --epoch 5"),
         ("--dataset cifar10", "invalid choice: 'cifar10'"),
@@ -1809,8 +1937,8 @@ def test_the_command_in_args_json_says_what_a_resume_changed(run, tmp_path):
     shutil.copytree(run, tmp_path / "a")
     main("--resume", tmp_path / "a", "--epochs", 4, "--workers", 1)
     command = shlex.split(json.loads((tmp_path / "a/args.json").read_text())["command"])[2:]
-    given = vars(train.parser().parse_args(command))
-    assert (given["epochs"], given["milestones"], given["workers"], given["arch"]) == (4, [1, 2], 1, "wrn10_1")
+    options = vars(train.parser().parse_args(command))
+    assert [options[key] for key in ("epochs", "milestones", "workers", "arch")] == [4, [1, 2], 1, "wrn10_1"]
 
 
 def test_a_single_value_for_batch_norm_is_refused(tmp_path, capsys):
@@ -1900,10 +2028,9 @@ def test_every_command_of_the_readme_is_understood():
     commands = readme_commands()
     assert len(commands) >= 12
     for command in commands:
-        argv = shlex.split(command)
-        given = {k: v for k, v in vars(train.parser().parse_args(argv)).items() if v is not None}
-        if not {"resume", "eval", "table"} & set(given):
-            train.check_options(given)
+        options = given(command)
+        if not {"resume", "eval", "table"} & set(options):
+            train.check_options(options)
 
 
 def test_the_readmes_snippet_runs():
