@@ -2026,11 +2026,40 @@ def readme_commands():
 
 def test_every_command_of_the_readme_is_understood():
     commands = readme_commands()
-    assert len(commands) >= 12
+    assert len(commands) >= 90
     for command in commands:
+        command = command.replace("$alpha", "1").replace("$beta", "50")
         options = given(command)
         if not {"resume", "eval", "table"} & set(options):
             train.check_options(options)
+
+
+def test_every_row_of_the_papers_tables_is_the_command_beside_it():
+    """Tables 1, 2, 3, 5, 6 and 8: data set, network, method, and nothing else that the recipe does not say."""
+    names = {"baseline": "baseline", "FRSKD\\F": "frskd-nofeat", "FRSKD": "frskd", "FRSKD+SLA": "frskd+sla"}
+    names |= {"Fit+SKD": "frskd-fitnet", "OD+SKD": "frskd-od", "CutMix": "baseline+cutmix", "128": "frskd-bifpn128"}
+    names |= {"FRSKD+CutMix": "frskd+cutmix", "256": "frskd-bifpn256", "Mixup": "baseline+mixup{}"}
+    names |= {"FRSKD+Mixup": "frskd+mixup{}", "BiFPNc, 128": "frskd-w1", "BiFPNc, 256": "frskd"}
+    datasets = {"CIFAR-100": "cifar100", "TinyImageNet": "tinyimagenet", "CUB200": "cub200", "MIT67": "mit67"}
+    datasets |= {"Dogs": "dogs", "Stanford40": "stanford40", "Self-teachers": "cifar100", "ImageNet": "imagenet"}
+    networks = {"WRN-16-2": "wrn16_2", "ResNet-18": "resnet18", "ResNet-34": "resnet34"}
+    title, rows = "", 0
+    for line in (HERE / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if "(Table" in cells[0] if cells else False:
+            title = cells[0]
+        elif title and len(cells) == 4 and cells[3].startswith("`python train.py"):
+            first, method = cells[0].split(", ")
+            dataset = datasets.get(first) or next(d for name, d in datasets.items() if title.startswith(name))
+            network = networks.get(first, "wrn16_2" if title.startswith("Self-teachers") else "resnet18")
+            args = train.resolve(given(cells[3].strip("`").removeprefix("python train.py")))
+            name = names.get(cells[0]) or names[method]
+            assert (args.dataset, args.arch) == (dataset, network), line
+            assert train.run_name(args) == name.format("0.3" if args.image_size > 64 else "0.2"), line
+            rows += 1
+        elif not cells:
+            title = ""
+    assert rows == 16 + 16 + 4 + 12 + 4 + 24
 
 
 def test_the_readmes_snippet_runs():

@@ -22,6 +22,7 @@ import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -585,7 +586,8 @@ def draw_attention(method, loader, loaded, path, images=4, side=112):
         image = F.interpolate(raw[n : n + 1].float().cpu() / 255, (side, side), mode="bilinear", antialias=True)[0]
         for name, row_logits, maps in rows:
             truth, predicted = (loaded.classes[c] for c in (loader.split.labels[i], row_logits[n].argmax()))
-            draw.text((4, y + 30), f"{truth[:20]}\n\n{name}\nsays {predicted[:16]}", "black", font)
+            lines = [*textwrap.wrap(truth, 20)[:2], f"{name} says", *textwrap.wrap(predicted, 20)[:2]]
+            draw.text((4, y + 16), "\n".join(lines), "black", font)
             for k, tile in enumerate([image] + [heat_map(feat[n], image) for feat in maps]):
                 tile = Image.fromarray((tile * 255).byte().permute(1, 2, 0).numpy())
                 picture.paste(tile, (margin + k * step, y))
@@ -729,8 +731,8 @@ def parser():
 
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=["shapes", "cifar100", *data.OFFICIAL, "folder"], help="shapes: drawn in "
-                   "memory; folder: train/<class>/* and val/ or test/; the others: the official archives as they unpack "
-                   "(default shapes)")
+                   "memory; folder: train/<class>/* and val/ or test/; the others: the official archives as they "
+                   "unpack (default shapes)")
     g.add_argument("--data-dir", metavar="DIR", help="the folder into which the archives were unpacked, or that holds "
                    "train/ (default data)")
     g.add_argument("--download", action="store_true", default=None, help="fetch the data set where it is missing "
@@ -763,8 +765,8 @@ def parser():
     g.add_argument("--channels", type=at_least(1), help="width of bifpn; Table 6 has 128 and 256 (default 256)")
     g.add_argument("--feature-loss", choices=list(FEATURE_LOSSES), help="L_F of Table 5: attention transfer, FitNet or "
                    "overhaul distillation (default at; Sec. 3.2)")
-    g.add_argument("--sla", action="store_true", default=None, help="FRSKD+SLA: joint heads for class and rotation; a "
-                   "step costs about five times as much")
+    g.add_argument("--sla", action="store_true", default=None, help="FRSKD+SLA: joint heads for class and rotation; "
+                   "each step sees five times the images")
     g.add_argument("--mixup", nargs="?", const=True, type=positive, metavar="A", help="mix pairs of images and labels "
                    f"by a share from Beta(A, A); larger mixes more (without A {text(MIXUP[0])} up to 64 px, "
                    f"{text(MIXUP[1])} above; appendix)")
@@ -774,8 +776,8 @@ def parser():
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=at_least(1), help=f"(default {recipe_values('epochs')}; Sec. 4.1, shapes ours)")
     g.add_argument("--milestones", type=epoch_list, metavar="A,B,...", help="after these epochs the "
-                   "learning rate falls to a tenth; none is constant (default 1/2 and 3/4 of --epochs, imagenet 1/3 and "
-                   "2/3; Sec. 4.1)")
+                   "learning rate falls to a tenth; none is constant (default 1/2 and 3/4 of --epochs, imagenet 1/3 "
+                   "and 2/3; Sec. 4.1)")
     g.add_argument("--batch-size", type=at_least(1), help=f"(default {recipe_values('batch_size')}; Sec. 4.1, shapes "
                    "ours)")
     g.add_argument("--lr", type=positive, help=f"of SGD, at the start (default {recipe_values('lr')}; Sec. 4.1, shapes "
