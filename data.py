@@ -377,15 +377,13 @@ OFFICIAL = {
 
 def read_official(official, root, download=False, expected=None):
     """An official data set below root; fetched, if `download` says so, where it is missing or incomplete -> Data."""
-    folder = official.locate(root)
-    place = folder.parent if folder and official.own_folder else folder or root  # where its archives are unpacked
+    folder = official.locate(root) or root / official.folder
+    place = folder.parent if official.own_folder else folder  # where its archives are unpacked
     try:
         return complete(official, root, expected)
     except DataError as error:
         if not download:
             raise DataError(f"{error}; {official.how(place)}") from None
-    if not folder and not official.own_folder:
-        place = root / official.folder
     for url, md5 in official.archives:
         fetch(url, md5, place)
     return complete(official, root, expected)
@@ -444,7 +442,8 @@ def fetch(url, md5, folder):
             extract_archive(source, folder)
         source.replace(archive)
     except Exception as error:  # of urllib, tarfile, zipfile, zlib, the file system ...
-        raise DataError(f"cannot fetch {url} into {folder}: {' '.join(str(error).split())}") from None
+        what = f"unpack {archive}" if source is archive else f"fetch {url} into {folder}"
+        raise DataError(f"cannot {what}: {' '.join(str(error).split())}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- images

@@ -339,9 +339,9 @@ class FitNet(nn.Module):
 
 
 def margin(gamma, beta):
-    """Mean of the negative values of a channel that batch norm (gamma, beta) makes normal: E[v | v < 0].
+    """E[v | v < 0] of the values v of a channel behind batch norm, taken as normal: mean beta, deviation |gamma|.
 
-    With s = |gamma|, beta - s * exp(-(beta / s)^2 / 2) / (sqrt(2 pi) Phi(-beta / s)), Phi the normal distribution;
+    m - s * exp(-(m / s)^2 / 2) / (sqrt(2 pi) * Phi(-m / s)) with m = beta, s = |gamma|, Phi the normal distribution;
     -3 s where less than a thousandth of the values is negative. (C,), (C,) -> (C,), detached. Source: overhaul
     distillation, the paper's [8].
     """

@@ -580,9 +580,17 @@ def test_resnet_starts_from_torchvisions_initialisation():
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("build", [lambda: frskd.resnet18(7, stem="cifar"), lambda: frskd.WideResNet(10, 4, 7)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: frskd.resnet18(7, stem="cifar"),
+        lambda: frskd.WideResNet(10, 4, 7),
+        lambda: frskd.FitNet([16, 32], [64, 128]),
+        lambda: frskd.Overhaul([16, 32], frskd.BiFPNc([16, 32], 7)),
+    ],
+)
 def test_every_convolution_starts_from_he_fan_out(build):
-    """torchvision's initialisation, of the CIFAR stem and of the WRN too: std = sqrt(2 / (c_out k^2))."""
+    """torchvision's initialisation, of the CIFAR stem, the WRN and the connectors: std = sqrt(2 / (c_out k^2))."""
     torch.manual_seed(0)
     for conv in (m for m in build().modules() if isinstance(m, nn.Conv2d)):
         expected = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
@@ -856,14 +864,14 @@ def mit67_tree(root):
 
 
 def stanford40_tree(root):
-    train = ["watching_TV_001.jpg", "writing_on_a_book_001.jpg", "writing_on_a_book_002.jpg"]
-    test = ["watching_TV_002.jpg", "writing_on_a_book_003.jpg"]
+    train = ["writing_on_a_board_001.jpg", "writing_on_a_book_001.jpg", "writing_on_a_book_002.jpg"]
+    test = ["writing_on_a_board_002.jpg", "writing_on_a_book_003.jpg"]
     write(root / "ImageSplits/train.txt", "\n".join(train) + "\n", newline="\r\n")
     write(root / "ImageSplits/test.txt", "\n".join(test) + "\n", newline="\r\n")
-    write(root / "ImageSplits/actions.txt", "action_name\tnumber_of_images\nwatching_TV\t\t2\n", newline="\r\n")
+    write(root / "ImageSplits/actions.txt", "action_name\tnumber_of_images\nwriting_on_a_board\t\t2\n", newline="\r\n")
     for name in train + test:
         picture(root / "JPEGImages" / name)
-    labels = {"watching_TV": 0, "writing_on_a_book": 1}
+    labels = {"writing_on_a_board": 0, "writing_on_a_book": 1}
     return tuple([(f"JPEGImages/{n}", labels[n.rsplit("_", 1)[0]]) for n in names] for names in (train, test))
 
 
@@ -985,8 +993,13 @@ def edit(path, old, new):
         ("mit67", "Images/mall/shopping mall.jpg", None, "1 of 5 images are missing, first {}"),
         ("mit67", "TestImages.txt", None, "{} is missing"),
         ("mit67", "TestImages.txt", ("food court", "shopping mall"), "Images/mall/shopping mall.jpg more than once"),
-        ("stanford40", "JPEGImages/watching_TV_001.jpg", None, "1 of 5 images are missing, first {}"),
-        ("stanford40", "ImageSplits/train.txt", ("watching_TV_001.jpg\r\n", ""), "1 classes, 2 training and 2 test"),
+        ("stanford40", "JPEGImages/writing_on_a_board_001.jpg", None, "1 of 5 images are missing, first {}"),
+        (
+            "stanford40",
+            "ImageSplits/train.txt",
+            ("writing_on_a_board_001.jpg\r\n", ""),
+            "1 classes, 2 training and 2 test",
+        ),
         ("stanford40", "ImageSplits/test.txt", None, "{} is missing"),
         (
             "dogs",
@@ -1049,6 +1062,17 @@ def test_every_data_set_trains(tree, tmp_path, capsys):
     options = "--arch wrn10_1 --image-size 16 --batch-size 2 --epochs 1 --device cpu --output".split()
     assert main("--dataset", dataset, "--data-dir", root, options, tmp_path / "run") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{dataset} wrn10_1 frskd-bs2-px16-e1 seed 0: top-1 ")
+
+
+@pytest.mark.parametrize("tree, mean", [("tinyimagenet", 0.4802), ("cub200", 0.485)], indirect=["tree"])
+@pytest.mark.parametrize("options, mix", [("--cutmix 0.5", v2.CutMix), ("--mixup 0.5", v2.MixUp), ("", type(None))])
+def test_training_batches_are_normalised_and_mixed_as_the_options_say(tree, mean, options, mix):
+    args = train.resolve(given("--dataset", tree[0], "--data-dir", str(tree[1]), "--batch-size 2", options))
+    _, loader, test_loader = train.build_loaders(args)
+    assert type(loader.mix) is mix and getattr(loader.mix, "alpha", 0.5) == 0.5 and test_loader.mix is None
+    assert loader.mean[0, 0].item() == test_loader.mean[0, 0].item() == pytest.approx(255 * mean)
+    x, y = next(loader.epoch())
+    assert y.shape == ((2, 2) if options else (2,))
 
 
 @pytest.mark.parametrize("tree", ["cub200"], indirect=True)
@@ -1139,6 +1163,7 @@ def test_download_fetches_verifies_and_unpacks(tmp_path, served, monkeypatch, ca
     (where / "CUB_200_2011.tgz").unlink()  # the archive stays in --data-dir: nothing is fetched again
     shutil.rmtree(tmp_path / "data/CUB_200_2011/images/002.Laysan_Albatross")
     assert main(options) == 0
+    assert sorted(p.name for p in (tmp_path / "data").glob("*.tgz")) == ["CUB_200_2011.tgz"]
 
 
 def test_download_of_archives_without_a_folder_or_a_checksum(tmp_path, served, monkeypatch):
@@ -1650,10 +1675,10 @@ def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, c
     assert f"python train.py {shlex.join(options)} --overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["frskd", "baseline"])
-def test_compiled_training_gives_the_same_losses(tmp_path, method):
+@pytest.mark.parametrize("options", ["", "--method baseline", "--sla --feature-loss od"])
+def test_compiled_training_gives_the_same_losses(tmp_path, options):
     for name, extra in (("eager", []), ("compiled", ["--compile", "aot_eager"])):
-        assert main(TINY, "--epochs 1 --output".split(), tmp_path / name, "--method", method, extra) == 0
+        assert main(TINY, "--epochs 1 --output".split(), tmp_path / name, options.split(), extra) == 0
     eager, compiled = (numbers(tmp_path / name)[0] for name in ("eager", "compiled"))
     terms = [name for name in ("ce", "ce_t", "kd", "feat") if name in eager]
     assert [eager[name] for name in terms] == pytest.approx([compiled[name] for name in terms], rel=0.02)
@@ -1711,7 +1736,9 @@ def test_every_variant_trains_under_a_name_of_its_own_and_the_table_tells_them_a
     assert len(list((tmp_path / "runs").iterdir())) == len(VARIANTS)
     capsys.readouterr()
     assert main("--table", "runs") == 0
-    rows = re.findall(r"^\| (\S+)-bs16-px16-n8-e1 \| \d+\.\d\d ", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    rows = re.findall(r"^\| (\S+)-bs16-px16-n8-e1 \| \d+\.\d\d ", out, re.M)
+    assert "alpha down" not in out  # FRSKD and FRSKD\\F differ in beta alone: no grid
     assert sorted(rows) == sorted(VARIANTS.values()) and [row.startswith("base") for row in rows[:4]] == [True] * 3 + [
         False
     ]
