@@ -203,24 +203,25 @@ def read_tinyimagenet(root):
     test = []
     for name, wnid, *_ in fields(root / "val/val_annotations.txt", 6):
         places = [root / "val/images", root / "val" / wnid, root / "val" / wnid / "images"]
-        test.append((next((place for place in places if (place / name).exists()), places[0]) / name, wnid))
+        test.append((next((place for place in places if os.path.exists(place / name)), places[0]) / name, wnid))
     return {"train": train, "test": test}
 
 
 def read_cub200(root):
     """Three lists joined on the image's id: they are not in the order of the paths."""
     files = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-    paths, labels, in_train = (dict(fields(root / name, 2)) for name in files)
+    paths, labels, in_train = (table(root / name) for name in files)
     if not paths.keys() == labels.keys() == in_train.keys():
         raise DataError(f"{', '.join(files)} do not name the same images")
-    names = dict(fields(root / "classes.txt", 2))
-    unknown = set(labels.values()) - names.keys()
-    if unknown:
-        raise DataError(f"{root / 'classes.txt'} does not name the class {min(unknown)}")
-    splits = {"train": [], "test": []}
+    names = table(root / "classes.txt")
+    splits = {"1": [], "0": []}
     for i, path in paths.items():
-        splits["train" if in_train[i] == "1" else "test"].append((root / "images" / path, names[labels[i]]))
-    return splits
+        if labels[i] not in names:
+            raise DataError(f"{root / 'classes.txt'} does not name the class {labels[i]}")
+        if in_train[i] not in splits:
+            raise DataError(f"{root / 'train_test_split.txt'} has {in_train[i]} for image {i}, neither 1 nor 0")
+        splits[in_train[i]].append((root / "images" / path, names[labels[i]]))
+    return {"train": splits["1"], "test": splits["0"]}
 
 
 def read_mit67(root):
@@ -261,8 +262,8 @@ def read_imagenet(root):
                 torchvision.datasets.ImageNet(root, split)
             except ModuleNotFoundError as error:
                 raise DataError(f"torchvision reads the devkit, once, with {error.name}: pip install it") from None
-            except (RuntimeError, OSError) as error:
-                raise DataError(str(error)) from None
+            except Exception as error:  # of tarfile, of torch.load for meta.bin, a checksum that differs ...
+                raise DataError(f"cannot unpack {split}/ in {root}: {one_line(error)}") from None
         source = image_folder(root / split)
         splits[ours] = [(path, source.classes[label]) for path, label in source.samples]
     return splits
@@ -274,7 +275,7 @@ def lines(path):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         raise DataError(f"{path} is missing") from None
-    return [line for line in text.split("\n") if line]
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def fields(path, n):
@@ -284,6 +285,14 @@ def fields(path, n):
         if len(row) != n:
             raise DataError(f"{path}, line {number}: {n} fields expected, not {len(row)}")
     return rows
+
+
+def table(path):
+    """A list of two fields a line as a dict."""
+    rows = fields(path, 2)
+    if len(dict(rows)) < len(rows):
+        raise DataError(f"{path} has two lines for one number")
+    return dict(rows)
 
 
 def mat_names(path):
@@ -310,7 +319,7 @@ def mat_names(path):
 class Official:
     """A data set as its authors publish it: reader, numbers of classes, training and test images, where it lies.
 
-    folder: where below --data-dir, unless there itself; markers: files, one of which tells that it is there;
+    folder: where below --data-dir, unless there itself; markers: files, one of which tells that it is there itself;
     archives: (address, MD5, None where none is published), empty where a registration is needed;
     own_folder: whether they unpack into `folder` by themselves; test_name: what the split evaluated is called.
     """
@@ -325,8 +334,10 @@ class Official:
     test_name: str = "test"
 
     def locate(self, root):
-        places = (root, root / self.folder)
-        return next((place for place in places if any((place / marker).exists() for marker in self.markers)), None)
+        """The folder that holds the lists, whole or not; None where there is none."""
+        if any((root / marker).exists() for marker in self.markers):
+            return root
+        return root / self.folder if (root / self.folder).is_dir() else None
 
     def how(self, place):
         """What to do where it is missing or incomplete."""
@@ -368,7 +379,8 @@ OFFICIAL = {
          ("http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar", "edbb9f16854ec66506b5f09b583e0656")),
     ),
     "imagenet": Official(
-        "ImageNet", read_imagenet, (1_000, 1_281_167, 50_000), "imagenet", ("train", "ILSVRC2012_img_train.tar"),
+        "ImageNet", read_imagenet, (1_000, 1_281_167, 50_000), "imagenet",
+        ("train", "val", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
         test_name="val",
     ),
 }
@@ -378,7 +390,9 @@ OFFICIAL = {
 def read_official(official, root, download=False, expected=None):
     """An official data set below root; fetched, if `download` says so, where it is missing or incomplete -> Data."""
     folder = official.locate(root) or root / official.folder
-    place = folder.parent if official.own_folder else folder  # where its archives are unpacked
+    place = folder  # where its archives are unpacked
+    if official.own_folder:
+        place = folder.resolve().parent if folder == root else folder.parent
     try:
         return complete(official, root, expected)
     except DataError as error:
@@ -386,7 +400,10 @@ def read_official(official, root, download=False, expected=None):
             raise DataError(f"{error}; {official.how(place)}") from None
     for url, md5 in official.archives:
         fetch(url, md5, place)
-    return complete(official, root, expected)
+    try:
+        return complete(official, root, expected)
+    except DataError as error:
+        raise DataError(f"{error}, even though its archives were unpacked into {place}: remove {folder}") from None
 
 
 def complete(official, root, expected=None):
@@ -443,7 +460,11 @@ def fetch(url, md5, folder):
         source.replace(archive)
     except Exception as error:  # of urllib, tarfile, zipfile, zlib, the file system ...
         what = f"unpack {archive}" if source is archive else f"fetch {url} into {folder}"
-        raise DataError(f"cannot {what}: {' '.join(str(error).split())}") from None
+        raise DataError(f"cannot {what}: {one_line(error)}") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------- images

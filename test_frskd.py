@@ -818,7 +818,7 @@ def mat_file(path, names, deflate=True):
 
 def tinyimagenet_tree(root):
     root = root / "tiny-imagenet-200"
-    write(root / "wnids.txt", "n02\nn01\n")  # not sorted
+    write(root / "wnids.txt", "n02\nn01\n \n")  # not sorted; a blank line
     write(root / "words.txt", "n01\tgoldfish\nn02\tbullfrog\nn03\tnewt\n")
     for wnid in ("n01", "n02"):
         names = [f"{wnid}_{n}.JPEG" for n in (0, 10, 2)]
@@ -988,6 +988,10 @@ def edit(path, old, new):
         ("cub200", "CUB_200_2011/images", None, "5 of 5 images are missing"),
         ("cub200", "CUB_200_2011/train_test_split.txt", ("5 0\n", ""), "do not name the same images"),
         ("cub200", "CUB_200_2011/train_test_split.txt", ("5 0", "5 1"), "2 classes, 4 training and 1 test images, not"),
+        ("cub200", "CUB_200_2011/train_test_split.txt", ("5 0", "5 2"), "{} has 2 for image 5, neither 1 nor 0"),
+        ("cub200", "CUB_200_2011/image_class_labels.txt", ("5 1", "5 9"), "classes.txt does not name the class 9"),
+        ("cub200", "CUB_200_2011/image_class_labels.txt", ("5 1", "5 1\n5 2"), "{} has two lines for one number"),
+        ("cub200", "CUB_200_2011/images.txt", None, "{} is missing"),
         ("cub200", "CUB_200_2011/classes.txt", ("2 002.Laysan_Albatross\n", ""), "{} does not name the class 2"),
         ("cub200", "CUB_200_2011/image_class_labels.txt", None, "{} is missing"),
         ("mit67", "Images/mall/shopping mall.jpg", None, "1 of 5 images are missing, first {}"),
@@ -1115,6 +1119,9 @@ def test_imagenet_is_unpacked_from_its_archives(tmp_path, monkeypatch):
     shutil.rmtree(root / "val")
     with pytest.raises(data.DataError, match="ILSVRC2012_img_val.tar is not present in the root directory or is corr"):
         data.load("imagenet", data_dir=root, expected=(2, 3, 2))
+    (root / "meta.bin").write_bytes(b"junk")
+    with pytest.raises(data.DataError, match="cannot unpack val/"):
+        data.load("imagenet", data_dir=root, expected=(2, 3, 2))
 
 
 @pytest.fixture
@@ -1164,6 +1171,14 @@ def test_download_fetches_verifies_and_unpacks(tmp_path, served, monkeypatch, ca
     shutil.rmtree(tmp_path / "data/CUB_200_2011/images/002.Laysan_Albatross")
     assert main(options) == 0
     assert sorted(p.name for p in (tmp_path / "data").glob("*.tgz")) == ["CUB_200_2011.tgz"]
+    shutil.rmtree(tmp_path / "data/CUB_200_2011/images")
+    monkeypatch.chdir(tmp_path / "data/CUB_200_2011")
+    assert main(options, "--data-dir", ".") == 0  # from inside, it is unpacked beside itself
+    (tmp_path / "data/CUB_200_2011").rename(tmp_path / "data/birds")
+    (tmp_path / "data/birds/train_test_split.txt").unlink()
+    assert main(options, "--data-dir", tmp_path / "data/birds") == 2
+    line = shown(capsys.readouterr().err)[-1]
+    assert f"even though its archives were unpacked into {tmp_path / 'data'}: remove {tmp_path / 'data/birds'}" in line
 
 
 def test_download_of_archives_without_a_folder_or_a_checksum(tmp_path, served, monkeypatch):
@@ -1882,8 +1897,8 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--lr 1e300", "argument --lr: '1e300' is not a number above 0"),
         ("--seed 99999999999999999999999", "argument --seed: '99999999999999999999999' is not a whole number"),
         ("--output=", "argument --output: an empty name"),
-        ("--mixup 0", "argument --mixup: '0' is not a number above 0"),
-        ("--cutmix x", "argument --cutmix: 'x' is not a number above 0"),
+        ("--mixup 0", "argument --mixup: '0' is not a number of at least 0.001"),
+        ("--cutmix x", "argument --cutmix: 'x' is not a number of at least 0.001"),
         ("--feature-loss l2", "argument --feature-loss: invalid choice: 'l2'"),
         ("--table . --epochs 3", "--table goes without any other option"),
         ("--epoch 5", "unrecognized arguments: --epoch 5"),
@@ -1997,9 +2012,11 @@ def test_a_checkpoint_of_another_content_is_refused(run, tmp_path, capsys, chang
     assert "is not the last.pt of a run" in line or "the checkpoint does not fit" in line
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", dict(name=1), dict(method=[]), dict(arch=5), dict(recipe=[])])
 def test_args_json_of_another_content_is_refused(run, tmp_path, capsys, content):
     shutil.copy(run / "student.pt", tmp_path)
+    if isinstance(content, dict):  # a value of another type
+        content = json.dumps(json.loads((run / "args.json").read_text()) | content)
     (tmp_path / "args.json").write_text(content)
     assert f"{tmp_path / 'args.json'} does not hold the values" in refused(capsys, "--eval", tmp_path / "student.pt")
     assert main("--table", tmp_path) == 0

@@ -514,9 +514,13 @@ def is_checkpoint(content):
 
 
 def is_values(content):
-    """Whether it is the values of a run, as a checkpoint and an args.json hold them."""
+    """Whether it is the values of a run, as a checkpoint and an args.json hold them: every key, of the right type."""
     needed = {*CIFAR, *RUN, "dataset", "milestones", "recipe", "name"} - {"output"}
-    return isinstance(content, dict) and needed <= set(content) and content["method"] in METHODS
+    if not isinstance(content, dict) or not needed <= set(content):
+        return False
+    types = {key: type(value) for key, value in CIFAR.items() if value is not None} | dict(recipe=dict, name=str)
+    types["lr_drops"] = (list, tuple)  # JSON knows no tuple
+    return all(isinstance(content[key], kind) for key, kind in types.items()) and content["method"] in METHODS
 
 
 def continued(saved, given):
@@ -612,7 +616,7 @@ def print_table(folder):
     runs, grids, left_out = {}, {}, []
     for path in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
         try:
-            args = json.loads(path.read_text())
+            args = read_values(path)
             log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
             top1 = [float(entry["top1"]) for entry in log]
             source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
@@ -626,7 +630,7 @@ def print_table(folder):
             else:
                 runs[name, column][args["seed"]] = top1[-1], max(top1)
                 grids.setdefault((column, grid), {})[args["alpha"], args["beta"]] = name
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (UserError, OSError, ValueError, KeyError, TypeError):
             left_out.append(f"- {path.parent}: not a run that can be read")
     if not runs and not left_out:
         raise UserError(f"--table {folder}: no run in or below this folder (a run has an args.json)")
@@ -682,6 +686,10 @@ def at_least(low):
         return int(string)
 
     return whole
+
+
+def concentration(string):
+    return finite_number(string, lambda value: value >= 1e-3, "of at least 0.001")
 
 
 def not_negative(string):
@@ -767,11 +775,11 @@ def parser():
                    "overhaul distillation (default at; Sec. 3.2)")
     g.add_argument("--sla", action="store_true", default=None, help="FRSKD+SLA: joint heads for class and rotation; "
                    "each step sees five times the images")
-    g.add_argument("--mixup", nargs="?", const=True, type=positive, metavar="A", help="mix pairs of images and labels "
-                   f"by a share from Beta(A, A); larger mixes more (without A {text(MIXUP[0])} up to 64 px, "
+    g.add_argument("--mixup", nargs="?", const=True, type=concentration, metavar="A", help="mix pairs of images and "
+                   f"labels by a share from Beta(A, A); larger mixes more (without A {text(MIXUP[0])} up to 64 px, "
                    f"{text(MIXUP[1])} above; appendix)")
-    g.add_argument("--cutmix", nargs="?", const=CUTMIX, type=positive, metavar="A", help="paste a box of one image "
-                   f"into another, its area from Beta(A, A) (without A {text(CUTMIX)}; appendix)")
+    g.add_argument("--cutmix", nargs="?", const=CUTMIX, type=concentration, metavar="A", help="paste a box of one "
+                   f"image into another, its area from Beta(A, A) (without A {text(CUTMIX)}; appendix)")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=at_least(1), help=f"(default {recipe_values('epochs')}; Sec. 4.1, shapes ours)")
