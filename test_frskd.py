@@ -1075,8 +1075,8 @@ def test_training_batches_are_normalised_and_mixed_as_the_options_say(tree, mean
     _, loader, test_loader = train.build_loaders(args)
     assert type(loader.mix) is mix and getattr(loader.mix, "alpha", 0.5) == 0.5 and test_loader.mix is None
     assert loader.mean[0, 0].item() == test_loader.mean[0, 0].item() == pytest.approx(255 * mean)
-    x, y = next(loader.epoch())
-    assert y.shape == ((2, 2) if options else (2,))
+    _, y = next(loader.epoch())
+    assert y.shape[1:] == ((2,) if options else ())  # soft labels where batches are mixed
 
 
 @pytest.mark.parametrize("tree", ["cub200"], indirect=True)
