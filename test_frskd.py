@@ -818,13 +818,13 @@ def mat_file(path, names, deflate=True):
 
 def tinyimagenet_tree(root):
     root = root / "tiny-imagenet-200"
-    write(root / "wnids.txt", "n02\nn01\n \n")  # not sorted; a blank line
+    write(root / "wnids.txt", "n02\nn01\n")  # not sorted
     write(root / "words.txt", "n01\tgoldfish\nn02\tbullfrog\nn03\tnewt\n")
     for wnid in ("n01", "n02"):
         names = [f"{wnid}_{n}.JPEG" for n in (0, 10, 2)]
         for name in names:
             picture(root / "train" / wnid / "images" / name, "L" if name == "n01_2.JPEG" else "RGB")
-        write(root / "train" / wnid / f"{wnid}_boxes.txt", "".join(f"{name}\t0\t0\t62\t62\n" for name in names))
+        write(root / "train" / wnid / f"{wnid}_boxes.txt", "".join(f"{name}\t0\t0\t62\t62\n" for name in names) + " \n")
     write(root / "val/val_annotations.txt", "val_0.JPEG\tn02\t0\t32\t44\t62\nval_1.JPEG\tn01\t0\t0\t5\t5\n")
     for name in ("val/images/val_0.JPEG", "val/images/val_1.JPEG", "test/images/test_0.JPEG"):
         picture(root / name)
