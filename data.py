@@ -51,6 +51,10 @@ class DataError(Exception):
         super().__init__(str(message).rsplit("DataError: ", 1)[-1].strip())
 
 
+class CannotUnpack(DataError):
+    """The archives are there, but unpacking them failed."""
+
+
 @dataclass
 class Split:
     """Images, uint8 (N, H, W, 3) or a list of N paths, sorted by class; labels (N,) int64."""
@@ -92,7 +96,7 @@ def load(
     """Reads a data set: name, folder, size in pixels, the first `per_class` training images of each class -> Data.
 
     Up to 64 px the images of the `decoded` splits come back as a uint8 tensor of that size, otherwise as they lie
-    on disk. expected: numbers of classes, training and test images, where not the official ones.
+    on disk. expected: numbers of classes, training and test images of an official set, where others are expected.
     Raises DataError where something is missing, unreadable or does not fit.
     """
     if dataset == "shapes":
@@ -242,8 +246,10 @@ def read_stanford40(root):
 
 def read_dogs(root):
     """The lists are MAT-files, beside Images/ as their archive unpacks, or in the lists/ that some users make."""
-    folder = root / "lists" if (root / "lists").is_dir() else root
-    listed = {split: mat_names(folder / f"{split}_list.mat") for split in ("train", "test")}
+    listed = {}
+    for split in ("train", "test"):
+        own = root / "lists" / f"{split}_list.mat"
+        listed[split] = mat_names(own if own.exists() else root / own.name)
     return {split: [(root / "Images" / name, name.split("/")[0]) for name in names] for split, names in listed.items()}
 
 
@@ -261,9 +267,10 @@ def read_imagenet(root):
             try:
                 torchvision.datasets.ImageNet(root, split)
             except ModuleNotFoundError as error:
-                raise DataError(f"torchvision reads the devkit, once, with {error.name}: pip install it") from None
+                name = error.name
+                raise CannotUnpack(f"ImageNet's devkit is read once, with {name}: pip install {name}") from None
             except Exception as error:  # of tarfile, of torch.load for meta.bin, a checksum that differs ...
-                raise DataError(f"cannot unpack {split}/ in {root}: {one_line(error)}") from None
+                raise CannotUnpack(f"cannot unpack {split}/ in {root}: {one_line(error)}; remove {split}/") from None
         source = image_folder(root / split)
         splits[ours] = [(path, source.classes[label]) for path, label in source.samples]
     return splits
@@ -319,7 +326,7 @@ def mat_names(path):
 class Official:
     """A data set as its authors publish it: reader, numbers of classes, training and test images, where it lies.
 
-    folder: where below --data-dir, unless there itself; markers: files, one of which tells that it is there itself;
+    folder: its folder below --data-dir; markers: paths, any of which in a folder means that the set lies there;
     archives: (address, MD5, None where none is published), empty where a registration is needed;
     own_folder: whether they unpack into `folder` by themselves; test_name: what the split evaluated is called.
     """
@@ -334,15 +341,16 @@ class Official:
     test_name: str = "test"
 
     def locate(self, root):
-        """The folder that holds the lists, whole or not; None where there is none."""
-        if any((root / marker).exists() for marker in self.markers):
-            return root
+        """The folder that holds the set, whole or not: `folder`, or --data-dir itself; None where neither does."""
+        for place in (root / self.folder, root):
+            if any((place / marker).exists() for marker in self.markers):
+                return place
         return root / self.folder if (root / self.folder).is_dir() else None
 
     def how(self, place):
         """What to do where it is missing or incomplete."""
         if self.archives:
-            return f"unpack {', '.join(url for url, _ in self.archives)} into {place}, or pass --download"
+            return f"fetch and unpack {', '.join(url for url, _ in self.archives)} into {place}, or pass --download"
         return (
             "put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, from image-net.org "
             f"after a registration, into {place}, and remove a train/ or val/ that is half unpacked"
@@ -395,6 +403,8 @@ def read_official(official, root, download=False, expected=None):
         place = folder.resolve().parent if folder == root else folder.parent
     try:
         return complete(official, root, expected)
+    except CannotUnpack:
+        raise
     except DataError as error:
         if not download:
             raise DataError(f"{error}; {official.how(place)}") from None
@@ -459,8 +469,9 @@ def fetch(url, md5, folder):
             extract_archive(source, folder)
         source.replace(archive)
     except Exception as error:  # of urllib, tarfile, zipfile, zlib, the file system ...
-        what = f"unpack {archive}" if source is archive else f"fetch {url} into {folder}"
-        raise DataError(f"cannot {what}: {one_line(error)}") from None
+        if source is archive:
+            raise DataError(f"cannot unpack {archive}: {one_line(error)}; remove it and try again") from None
+        raise DataError(f"cannot fetch {url} into {folder}: {one_line(error)}") from None
 
 
 def one_line(error):
@@ -631,7 +642,8 @@ class Loader:
     """What both loaders share.
 
     epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,), or soft y (B, num_classes) where
-    batches are mixed; raw([i, ...]) gives images before normalisation, uint8 (N, 3, H, W), from the test split as
+    batches are mixed (Paper vs code: torchvision pairs each image with the one before it in the shuffled batch, the
+    authors draw a permutation; CutMix mixes every batch, as theirs, its own code half of them on CIFAR); raw([i, ...]) gives images before normalisation, uint8 (N, 3, H, W), from the test split as
     they are evaluated.
     """
 
@@ -664,6 +676,8 @@ class DeviceLoader(Loader):
     """All images on the device as uint8; cropped, flipped and normalised there, a batch at a time.
 
     Training: zero padding of 4, random crop, horizontal flip (Sec. 4.1: "random cropping and flipping").
+    Paper vs code: TinyImageNet too is resized to 32 px and then cropped so, as the paper says; the authors take random
+    resized crops from its 64 px.
     """
 
     def __init__(self, split, *, pad=4, **kwargs):
@@ -695,6 +709,7 @@ class WorkerLoader(Loader):
     """Images decoded and augmented one by one, in worker processes where workers > 0; normalised on the device.
 
     Training: RandomResizedCrop and horizontal flip; evaluation: shorter side to 8/7 of the size, centre crop.
+    Paper vs code: the paper says "random cropping and flipping"; these are the authors' transforms.
     """
 
     def __init__(self, split, *, image_size, workers, **kwargs):

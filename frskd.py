@@ -222,6 +222,13 @@ def attention_map(feat):
     return F.normalize(full_precision(feat).pow(2).mean(1).flatten(1), dim=1)
 
 
+def check_sizes(feats, feats_t):
+    """Raises ValueError unless student and teacher have as many maps, of the same sizes."""
+    sizes, sizes_t = ([tuple(f.shape[-2:]) for f in maps] for maps in (feats, feats_t))
+    if sizes != sizes_t:
+        raise ValueError(f"the feature maps of student and teacher differ in size: {sizes} and {sizes_t}")
+
+
 def attention_transfer(feats, feats_t):
     """L_F of Eq. 3: sum over blocks of the mean over batch and positions of (phi(T_i) - phi(F_i))^2.
 
@@ -229,9 +236,7 @@ def attention_transfer(feats, feats_t):
     The teacher's maps are detached. Raises ValueError where the numbers of maps or the sizes differ.
     Paper vs code: Eq. 3 writes a norm, the authors' code takes this mean of squares; beta = 100 fits only this.
     """
-    if [f.shape[-2:] for f in feats] != [t.shape[-2:] for t in feats_t]:
-        sizes, sizes_t = ([tuple(f.shape[-2:]) for f in maps] for maps in (feats, feats_t))
-        raise ValueError(f"the feature maps of student and teacher differ in size: {sizes} and {sizes_t}")
+    check_sizes(feats, feats_t)
     return sum(F.mse_loss(attention_map(f), attention_map(t.detach())) for f, t in zip(feats, feats_t))  # Eq. 3
 
 
@@ -324,7 +329,8 @@ class FitNet(nn.Module):
 
     A regressor is a 1x1 convolution c_i -> d_i without bias, batch norm and ReLU; it trains with the student.
     feats, feats_t: n maps (B, c_i, H_i, W_i) and (B, d_i, H_i, W_i), after their ReLU; the teacher's are detached.
-    Source: Table 5; FitNets, the paper's [26]; the authors' code, as the paper does not say what a regressor is.
+    Raises ValueError where the numbers of maps or the sizes differ. Source: Table 5; FitNets, the paper's [26].
+    Paper vs code: the paper does not say what a regressor is, nor its beta; the regressors are the authors'.
     """
 
     def __init__(self, channels, dims):
@@ -334,6 +340,7 @@ class FitNet(nn.Module):
             he_initialized(conv)
 
     def forward(self, feats, feats_t):
+        check_sizes(feats, feats_t)
         pairs = [(regressor(f), t.detach()) for regressor, f, t in zip(self.regressors, feats, feats_t)]
         return sum(F.mse_loss(full_precision(f), full_precision(t)) for f, t in pairs)
 
@@ -352,7 +359,7 @@ def margin(gamma, beta):
 
 
 def partial_l2(feat, target):
-    """Sum of (feat - target)^2 but where feat <= target <= 0, over all elements, divided by the batch.
+    """Sum of (feat - target)^2 except where feat <= target <= 0, over all elements, divided by the batch.
 
     Two (B, C, H, W) -> scalar; the target is detached. Source: overhaul distillation, the paper's [8].
     """
@@ -367,7 +374,8 @@ class Overhaul(nn.Module):
     On maps before their ReLU, of both sides. A connector is a 1x1 convolution c_i -> d_i without bias and batch
     norm; it trains with the student. The margin of a channel comes from the batch norm that makes T_i, as it is at
     this step. feats, feats_t: n maps (B, c_i, H_i, W_i) and (B, d_i, H_i, W_i); the teacher's are detached.
-    Source: Table 5; overhaul distillation, the paper's [8], with its 1e-3.
+    Raises ValueError where the numbers of maps or the sizes differ. Source: Table 5; overhaul distillation, the
+    paper's [8], with its 1e-3 for CIFAR.
     Paper vs code: the authors take the margins once, from untrained batch norms (always -0.798), and omit the 1e-3.
     """
 
@@ -382,6 +390,7 @@ class Overhaul(nn.Module):
         self.norms = [conv[-1] for conv in (teacher.top_down[0], *teacher.bottom_up)]  # a list: they stay the teacher's
 
     def forward(self, feats, feats_t):
+        check_sizes(feats, feats_t)
         loss, n = 0, len(self.norms)
         for i, (connector, norm, f, t) in enumerate(zip(self.connectors, self.norms, feats, feats_t), 1):
             lowest = margin(norm.weight, norm.bias).view(1, -1, 1, 1)  # (1, d_i, 1, 1)
@@ -419,10 +428,13 @@ class FRSKDSLA(FRSKD):
       ce_joint, ce_joint_t  cross-entropy of the joint heads on V                      mean over 4 B
       kd_joint, kd_joint_t  L_KD(z_c, g_c), L_KD(z_t, g_t), weighted by 1              g detached, mean over B
       kd                    alpha * L_KD([z_c; g_c], [z_t; g_t])                       teacher's detached, mean over 2 B
-      feat                  beta * L_F over the maps of x and of V                     teacher's detached, mean over 5 B
+      feat                  beta * (L_F of the maps of x + 4 * L_F of those of V) / 5    teacher's detached
 
-    forward as FRSKD, x square, y class indices. The plain head is evaluated, on one view. Source: Sec. 4, in one
-    sentence; the rest is the authors' code. Raises ValueError for soft labels and for images that are not square.
+    (`feat` is, for attention transfer, L_F of the maps of all 5 B images together.)
+
+    forward as FRSKD, x square, y class indices. The plain head is evaluated, on one view. Raises ValueError for soft
+    labels and for images that are not square.
+    Paper vs code: Sec. 4 has one sentence, "attaching" SLA-SD; all of this is the authors' code.
     """
 
     def __init__(self, student, teacher, **kwargs):
@@ -455,7 +467,7 @@ class FRSKDSLA(FRSKD):
             terms["kd"] = self.alpha * soft_label_distillation(both, both_t, self.temperature)
         if self.beta > 0:
             upright, turned = self.feature_loss(feats, feats_t), self.feature_loss(views, views_t)
-            terms["feat"] = self.beta * (upright + 4 * turned) / 5  # the mean over 5 B images
+            terms["feat"] = self.beta * (upright + 4 * turned) / 5
         return terms, logits.detach()
 
 

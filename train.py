@@ -61,7 +61,9 @@ RECIPES = {
 }
 # Weights of the other feature losses. Paper vs code: the paper and the authors' code give none; these are ours.
 BETA = dict(fitnet=1.0, od=0.01)
-MIXUP = (0.2, 0.3)  # of the Beta distribution, up to 64 px and above (appendix: CIFAR-100 and TinyImageNet, FGVR)
+# Of the Beta distribution, up to 64 px and above (appendix: CIFAR-100 and TinyImageNet; FGVR).
+# Paper vs code: neither says it for ImageNet; as for FGVR.
+MIXUP = (0.2, 0.3)
 CUTMIX = 1.0  # appendix
 RUN = dict(seed=0, data_dir="data", download=False, workers=2, device=None, compile=None, attention=None, output=None)
 
@@ -747,7 +749,7 @@ def parser():
                    f"(of {', '.join(DOWNLOADS)})")
     g.add_argument("--image-size", type=at_least(8), metavar="PX", help="side in pixels; up to 64 with the CIFAR stem, "
                    "pad-crop and flip, above with the ImageNet stem and random resized crops (default "
-                   f"{recipe_values('image_size')}; folder: the size of its images up to 64; Sec. 4.1)")
+                   f"{recipe_values('image_size')}; folder: the size of its images up to 64; 32 Sec. 4.1, 224 the authors')")
     g.add_argument("--per-class", type=at_least(1), metavar="N", help="train on the first N images of each class "
                    "(default all)")
 
