@@ -266,9 +266,8 @@ def read_imagenet(root):
                 raise DataError(f"neither {split}/ nor {' and '.join(absent)} is in {root}")
             try:
                 torchvision.datasets.ImageNet(root, split)
-            except ModuleNotFoundError as error:
-                name = error.name
-                raise CannotUnpack(f"ImageNet's devkit is read once, with {name}: pip install {name}") from None
+            except ModuleNotFoundError:
+                raise CannotUnpack("ImageNet's devkit is read once, with scipy: pip install scipy") from None
             except Exception as error:  # of tarfile, of torch.load for meta.bin, a checksum that differs ...
                 raise CannotUnpack(f"cannot unpack {split}/ in {root}: {one_line(error)}; remove {split}/") from None
         source = image_folder(root / split)
@@ -642,9 +641,10 @@ class Loader:
     """What both loaders share.
 
     epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,), or soft y (B, num_classes) where
-    batches are mixed (Paper vs code: torchvision pairs each image with the one before it in the shuffled batch, the
-    authors draw a permutation; CutMix mixes every batch, as theirs, its own code half of them on CIFAR); raw([i, ...]) gives images before normalisation, uint8 (N, 3, H, W), from the test split as
+    batches are mixed; raw([i, ...]) gives images before normalisation, uint8 (N, 3, H, W), from the test split as
     they are evaluated.
+    Paper vs code: torchvision mixes each image with the one before it in the shuffled batch, the authors by a
+    permutation. CutMix mixes every batch, as theirs; its own code mixes half of them on CIFAR.
     """
 
     def __init__(self, split, *, train, batch_size, seed, stats, device, mix=None):

@@ -749,7 +749,8 @@ def parser():
                    f"(of {', '.join(DOWNLOADS)})")
     g.add_argument("--image-size", type=at_least(8), metavar="PX", help="side in pixels; up to 64 with the CIFAR stem, "
                    "pad-crop and flip, above with the ImageNet stem and random resized crops (default "
-                   f"{recipe_values('image_size')}; folder: the size of its images up to 64; 32 Sec. 4.1, 224 the authors')")
+                   f"{recipe_values('image_size')}; folder: the size of its images up to 64; 32 is Sec. 4.1's, 224 the "
+                   "authors')")
     g.add_argument("--per-class", type=at_least(1), metavar="N", help="train on the first N images of each class "
                    "(default all)")
 
