@@ -445,10 +445,15 @@ def complete(official, root, expected=None):
 
 def missing(paths):
     """Those of the paths that are no files, told by listing each folder once: a set may have a million files."""
-    folders = {
-        path: set(os.listdir(path)) if os.path.isdir(path) else () for path in {os.path.split(p)[0] for p in paths}
-    }
-    return [path for path in paths if os.path.basename(path) not in folders[os.path.dirname(path)]]
+    listed = {}
+    for folder in {os.path.dirname(path) for path in paths}:
+        try:
+            listed[folder] = set(os.listdir(folder))
+        except FileNotFoundError:
+            listed[folder] = set()
+        except OSError as error:
+            raise DataError(f"cannot read the folder {folder}: {error.strerror}") from None
+    return [path for path in paths if os.path.basename(path) not in listed[os.path.dirname(path)]]
 
 
 def fetch(url, md5, folder):

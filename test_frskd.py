@@ -457,6 +457,17 @@ def test_other_feature_losses_reach_the_student_only(loss):
 
 
 @pytest.mark.parametrize("loss", ["fitnet", "od"])
+def test_other_feature_losses_are_computed_in_float32_under_autocast(loss):
+    student = frskd.WideResNet(10, 1, 5)
+    teacher = frskd.BiFPNc(student.channels, 5)
+    method = frskd.FRSKDSLA(student, teacher, feature_loss=train.FEATURE_LOSSES[loss](student, teacher))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms, _ = method(*batch())
+        wide = frskd.partial_l2(torch.full((1, 1, 2, 2), 1.01).bfloat16(), torch.ones(1, 1, 2, 2).bfloat16())
+    assert {term.dtype for term in terms.values()} == {torch.float32} == {wide.dtype}
+
+
+@pytest.mark.parametrize("loss", ["fitnet", "od"])
 def test_other_feature_losses_refuse_maps_of_other_sizes_or_numbers(loss):
     student = frskd.WideResNet(10, 1, 5)
     feature_loss = train.FEATURE_LOSSES[loss](student, frskd.BiFPNc(student.channels, 5))
@@ -916,6 +927,18 @@ TREES = {
     "dogs": dogs_tree,
     "imagenet": imagenet_tree,
 }
+
+
+def test_official_data_sets_have_their_published_sizes():
+    """Classes, training and test images."""
+    assert {name: official.expected for name, official in data.OFFICIAL.items()} == {
+        "tinyimagenet": (200, 100000, 10000),
+        "cub200": (200, 5994, 5794),
+        "mit67": (67, 5360, 1340),
+        "stanford40": (40, 4000, 5532),
+        "dogs": (120, 12000, 8580),
+        "imagenet": (1000, 1281167, 50000),
+    }
 
 
 @pytest.fixture
@@ -1792,6 +1815,22 @@ def test_every_variant_trains_under_a_name_of_its_own_and_the_table_tells_them_a
     assert sorted(rows) == sorted(VARIANTS.values()) and [row.startswith("base") for row in rows[:4]] == [True] * 3 + [
         False
     ]
+
+
+@pytest.mark.parametrize(
+    "options, kind, feature_loss",
+    [("", frskd.FRSKD, None), ("--sla", frskd.FRSKDSLA, None), ("--feature-loss fitnet", frskd.FRSKD, frskd.FitNet)]
+    + [("--feature-loss od --sla", frskd.FRSKDSLA, frskd.Overhaul)],
+)
+def test_method_is_built_as_the_options_say(options, kind, feature_loss):
+    weights = "--alpha 3 --beta 70 --temperature 5 --width 3"
+    method = train.build_method(train.resolve(given("--arch wrn10_1 --device cpu", weights, options)), 8)
+    assert type(method) is kind and method.teacher.dims == [48, 96, 192]
+    assert (method.alpha, method.beta, method.temperature) == (3, 70, 5)
+    if feature_loss:
+        assert type(method.feature_loss) is feature_loss
+    else:
+        assert method.feature_loss is frskd.attention_transfer
 
 
 def test_bifpn_is_as_wide_as_asked(tmp_path):
