@@ -231,26 +231,25 @@ def read_cub200(root):
 def read_mit67(root):
     """The lists name 6,700 of the 15,620 images, some with a blank in their names; the others are in no split."""
     files = {"train": "TrainImages.txt", "test": "TestImages.txt"}
-    listed = {split: lines(root / name) for split, name in files.items()}
-    return {split: [(root / "Images" / name, name.split("/")[0]) for name in names] for split, names in listed.items()}
+    return {split: in_class_folders(root / "Images", lines(root / name)) for split, name in files.items()}
 
 
 def read_stanford40(root):
     """One flat folder; the class is the name without its number: writing_on_a_book_017.jpg."""
-    listed = {split: lines(root / "ImageSplits" / f"{split}.txt") for split in ("train", "test")}
-    return {
-        split: [(root / "JPEGImages" / name, name.rpartition("_")[0]) for name in names]
-        for split, names in listed.items()
-    }
+    splits = {}
+    for split in ("train", "test"):
+        names = lines(root / "ImageSplits" / f"{split}.txt")
+        splits[split] = [(root / "JPEGImages" / name, name.rpartition("_")[0]) for name in names]
+    return splits
 
 
 def read_dogs(root):
     """The lists are MAT-files, beside Images/ as their archive unpacks, or in the lists/ that some users make."""
-    listed = {}
+    splits = {}
     for split in ("train", "test"):
         own = root / "lists" / f"{split}_list.mat"
-        listed[split] = mat_names(own if own.exists() else root / own.name)
-    return {split: [(root / "Images" / name, name.split("/")[0]) for name in names] for split, names in listed.items()}
+        splits[split] = in_class_folders(root / "Images", mat_names(own if own.exists() else root / own.name))
+    return splits
 
 
 def read_imagenet(root):
@@ -273,6 +272,11 @@ def read_imagenet(root):
         source = image_folder(root / split)
         splits[ours] = [(path, source.classes[label]) for path, label in source.samples]
     return splits
+
+
+def in_class_folders(folder, names):
+    """Names <class>/<file> below a folder -> [(path, class), ...]."""
+    return [(folder / name, name.split("/")[0]) for name in names]
 
 
 def lines(path):
@@ -326,8 +330,9 @@ class Official:
     """A data set as its authors publish it: reader, numbers of classes, training and test images, where it lies.
 
     folder: its folder below --data-dir; markers: paths, any of which in a folder means that the set lies there;
-    archives: (address, MD5, None where none is published), empty where a registration is needed;
-    own_folder: whether they unpack into `folder` by themselves; test_name: what the split evaluated is called.
+    archives: (address, MD5, None where none is published), empty where a registration is needed, where by_hand says
+    what to do, {} being the place; own_folder: whether they unpack into `folder` by themselves; test_name: what the
+    split evaluated is called.
     """
 
     title: str
@@ -338,6 +343,7 @@ class Official:
     archives: tuple = ()
     own_folder: bool = False
     test_name: str = "test"
+    by_hand: str = ""
 
     def locate(self, root):
         """The folder that holds the set, whole or not: `folder`, or --data-dir itself; None where neither does."""
@@ -348,12 +354,9 @@ class Official:
 
     def how(self, place):
         """What to do where it is missing or incomplete."""
-        if self.archives:
-            return f"fetch and unpack {', '.join(url for url, _ in self.archives)} into {place}, or pass --download"
-        return (
-            "put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, from image-net.org "
-            f"after a registration, into {place}, and remove a train/ or val/ that is half unpacked"
-        )
+        if self.by_hand:
+            return self.by_hand.format(place)
+        return f"fetch and unpack {', '.join(url for url, _ in self.archives)} into {place}, or pass --download"
 
 
 # fmt: off
@@ -389,6 +392,8 @@ OFFICIAL = {
         "ImageNet", read_imagenet, (1_000, 1_281_167, 50_000), "imagenet",
         ("train", "val", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
         test_name="val",
+        by_hand="put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, from "
+                "image-net.org after a registration, into {}, and remove a train/ or val/ that is half unpacked",
     ),
 }
 # fmt: on
@@ -426,10 +431,10 @@ def complete(official, root, expected=None):
     if absent:
         raise DataError(f"{title} is incomplete: {len(absent)} of {len(paths)} images are missing, first {absent[0]}")
     classes = sorted({name for _, name in splits["train"]})
-    found, expected = [len(classes), *map(len, splits.values())], list(expected or official.expected)
+    found, expected = (len(classes), *map(len, splits.values())), tuple(expected or official.expected)
     if found != expected:
-        found, expected = ("{} classes, {} training and {} test images".format(*n) for n in (found, expected))
-        raise DataError(f"{title} in {folder} is incomplete or altered: {found}, not {expected}")
+        counts = "{} classes, {} training and {} test images, not {} classes, {} training and {} test images"
+        raise DataError(f"{title} in {folder} is incomplete or altered: {counts.format(*found, *expected)}")
     (path, times), *_ = Counter(paths).most_common(1)
     if times > 1:
         raise DataError(f"{title} in {folder} is altered: its lists name {path} more than once")
@@ -437,10 +442,11 @@ def complete(official, root, expected=None):
     if unknown:
         raise DataError(f"{title} in {folder} is altered: no training image of the class {min(unknown)}")
     label = {name: i for i, name in enumerate(classes)}
-    for split, samples in splits.items():
-        samples = sorted((label[name], os.fspath(path)) for path, name in samples)
-        splits[split] = Split([path for _, path in samples], torch.tensor([i for i, _ in samples]))
-    return Data(splits["train"], splits["test"], classes, official.test_name)
+    sorted_splits = []
+    for split in ("train", "test"):
+        samples = sorted((label[name], os.fspath(path)) for path, name in splits[split])
+        sorted_splits.append(Split([path for _, path in samples], torch.tensor([i for i, _ in samples])))
+    return Data(*sorted_splits, classes, official.test_name)
 
 
 def missing(paths):

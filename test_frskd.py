@@ -994,12 +994,6 @@ def test_dogs_lists_may_lie_in_a_folder_of_their_own(tmp_path):
     assert len(data.load("dogs", data_dir=tmp_path, expected=(2, 3, 2), image_size=224).train) == 3
 
 
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
 @pytest.mark.parametrize(
     "tree, name, change, message",
     [  # a file removed (None), cut short (an int), or edited; {} is its path

@@ -125,7 +125,9 @@ def default_milestones(args):
 
 def mixup_alpha(value, image_size):
     """--mixup without a value is the appendix's for images of this size."""
-    return MIXUP[image_size > data.DEVICE_RESIDENT] if value is True else value
+    small, large = MIXUP
+    default = small if image_size <= data.DEVICE_RESIDENT else large
+    return default if value is True else value
 
 
 def run_name(args):
