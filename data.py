@@ -1,15 +1,18 @@
-"""Data sets and loaders: the paper's seven as their official archives unpack, `shapes` (drawn in memory), and
+"""Data sets and loaders: the paper's eight as their official archives unpack, `shapes` (drawn in memory), and
 `folder` (train/<class>/*, val/ or test/).
 
     data = load("cub200", data_dir="data", image_size=224)   # reads data/CUB_200_2011/images.txt, ...
     train = make_loader(data.train, train=True, batch_size=32, image_size=224, seed=0, workers=2)
     for x, y in train.epoch(0): ...                          # x (B, 3, H, W) float, normalised, on the device
 
+For segmentation, `load_masks` and `MaskLoader`.
+
 Every random draw comes from a generator seeded by (seed, epoch), or by (seed, epoch, index) for one image. So the
 number of workers, their persistence and a resumed run change no number.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -27,8 +30,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import tv_tensors
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -57,10 +62,14 @@ class CannotUnpack(DataError):
 
 @dataclass
 class Split:
-    """Images, uint8 (N, H, W, 3) or a list of N paths, sorted by class; labels (N,) int64."""
+    """Images, uint8 (N, H, W, 3) or a list of N paths, and their labels.
+
+    Of classification: int64 (N,), and the images sorted by them. Of segmentation: masks, uint8 (N, H, W) or a list of
+    N paths.
+    """
 
     images: torch.Tensor | list
-    labels: torch.Tensor
+    labels: torch.Tensor | list
 
     def __len__(self):
         return len(self.labels)
@@ -72,12 +81,14 @@ class Split:
 
 @dataclass
 class Data:
-    """Training and test split, the names of the classes, and what the test split is called."""
+    """Training and test split, the names of the classes, what the test split is called, and how many of its images
+    are training images too."""
 
     train: Split
     test: Split
     classes: list
     test_name: str = "test"
+    leaked: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -593,10 +604,100 @@ def _draw(labels, size, g):
     return pixels, (covered * (labels + 1).view(-1, 1, 1)).byte()
 
 
+SHAPES_DRAWN = ((200, 1), (100, 2))  # images a class and seed, of training and test
+
+
 def draw_data(size):
     """The data set `shapes`: eight classes, 200 training and 100 test images each, always the same."""
-    splits = [Split(*draw_shapes(n, size, seed)[:2]) for n, seed in ((200, 1), (100, 2))]
-    return Data(*splits, list(SHAPES))
+    return Data(*(Split(*draw_shapes(n, size, seed)[:2]) for n, seed in SHAPES_DRAWN), list(SHAPES))
+
+
+# ------------------------------------------------------------------------------- segmentation: images and masks
+
+VOID = 255  # the label of a pixel that counts neither in training nor in evaluation
+
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor"
+).split()
+
+
+def load_masks(dataset, *, data_dir="data", image_size=512, protocol="clean", download=False):
+    """Reads a data set of segmentation, `shapes` drawn at a size in pixels, or `voc` -> Data, its labels masks.
+
+    A mask holds class numbers, 0 being the background, and VOID. Raises DataError where something is missing.
+    """
+    if dataset == "voc":
+        return read_voc(Path(data_dir), protocol, download)
+    drawn = [draw_shapes(n, image_size, seed) for n, seed in SHAPES_DRAWN]
+    return Data(*(Split(images, masks) for images, _, masks in drawn), ["background", *SHAPES])
+
+
+def read_voc(root, protocol="clean", download=False):
+    """PASCAL VOC: the trainval lists of VOC2007 and VOC2012 together, evaluated on VOC2007's test list -> Data.
+
+    `root` is the folder that holds VOCdevkit/, or that folder itself. VOC2012 has under the id 2007_<id> the images of
+    VOC2007, those of the test list among them; protocol "clean" drops from it what a list of VOC2007 holds, "paper"
+    does not.
+    Paper vs code: both train on VOC2012's whole list, and so on every test image.
+    """
+    if root.resolve().name == "VOCdevkit":
+        root = root.resolve().parent
+    train, more, test = (voc_list(root, *which, download) for which in VOC_LISTS)
+    if protocol == "clean":
+        more = {image_id: paths for image_id, paths in more.items() if plain_id(image_id) not in train | test}
+    leaked = {plain_id(image_id) for image_id in [*train, *more]} & set(test)
+    splits = [Split(*map(list, zip(*pairs))) for pairs in ([*train.values(), *more.values()], test.values())]
+    return Data(*splits, VOC_CLASSES, "VOC2007 test", len(leaked))
+
+
+VOC_LISTS = (("2007", "trainval"), ("2012", "trainval"), ("2007", "test"))
+
+
+def plain_id(image_id):
+    """An id of VOC2012 as VOC2007 has it."""
+    return image_id.removeprefix("2007_")
+
+
+def voc_list(root, year, name, download):
+    """One list of one year: {id: (path of the image, path of the mask)}, fetched if need be and `download` says so."""
+    archive = DATASET_YEAR_DICT["2007-test" if name == "test" else year]
+    try:
+        return complete_voc_list(root, year, name)
+    except DataError as error:
+        if not download:
+            raise DataError(f"{error}; fetch and unpack {archive['url']} into {root}, or pass --download") from None
+    fetch(archive["url"], archive["md5"], root)
+    return complete_voc_list(root, year, name)
+
+
+def complete_voc_list(root, year, name):
+    file = root / f"VOCdevkit/VOC{year}/ImageSets/Segmentation/{name}.txt"
+    try:
+        source = torchvision.datasets.VOCSegmentation(root, year=year, image_set=name)
+    except (RuntimeError, OSError):
+        raise DataError(f"{file} is missing") from None
+    if not source.images:
+        raise DataError(f"{file} names no image")
+    absent = missing([*source.images, *source.masks])
+    if absent:
+        raise DataError(f"{len(absent)} images and masks of {file} are missing, first {absent[0]}")
+    return {Path(image).stem: (image, mask) for image, mask in zip(source.images, source.masks)}
+
+
+def read_mask(path, num_classes):
+    """A PNG of class numbers, with a palette or grey -> uint8 (H, W)."""
+    try:
+        with Image.open(path) as mask:
+            if mask.mode not in ("P", "L"):
+                raise ValueError(f"mode {mask.mode}, not class numbers with a palette (P) or grey (L)")
+            mask = v2.functional.pil_to_tensor(mask)[0]
+    except Exception as error:  # as for images
+        raise DataError(f"{path}: not a readable mask ({error})") from None
+    beyond = mask[(mask >= num_classes) & (mask != VOID)]
+    if len(beyond):
+        raise DataError(f"{path}: the label {beyond[0]} is neither a class, 0 to {num_classes - 1}, nor void, {VOID}")
+    return mask
 
 
 # ------------------------------------------------------------------------------------------ seeds and batches
@@ -640,8 +741,6 @@ def make_loader(
 
     mix: v2.MixUp or v2.CutMix, for each batch; its labels are then soft, (B, num_classes).
     """
-    if train and batch_size > len(split):
-        raise DataError(f"--batch-size {batch_size} is larger than the training set of {len(split)} images")
     kwargs = dict(train=train, batch_size=batch_size, seed=seed, stats=stats, device=device, mix=mix)
     if image_size <= DEVICE_RESIDENT:
         return DeviceLoader(split, **kwargs)
@@ -659,6 +758,8 @@ class Loader:
     """
 
     def __init__(self, split, *, train, batch_size, seed, stats, device, mix=None):
+        if train and batch_size > len(split):
+            raise DataError(f"--batch-size {batch_size} is larger than the training set of {len(split)} images")
         self.split, self.train, self.batch_size, self.seed, self.device = split, train, batch_size, seed, device
         self.mix = mix
         self.mean, self.std = (255 * torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
@@ -725,11 +826,7 @@ class WorkerLoader(Loader):
 
     def __init__(self, split, *, image_size, workers, **kwargs):
         super().__init__(split, **kwargs)
-        if self.train:
-            steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-        else:
-            steps = [v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)]
-        self.dataset = SeededDataset(split, v2.Compose([*steps, v2.PILToTensor()]), self.seed)
+        self.dataset = self.make_dataset(image_size)
         self.keys = []  # refilled for each epoch: the workers stay, and learn the epoch from the key of each image
         self.loader = DataLoader(
             self.dataset,
@@ -737,15 +834,32 @@ class WorkerLoader(Loader):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.device(self.device).type == "cuda",
+            collate_fn=self.collate,
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # else it draws from the global generator, which dropout reads
         )
 
+    collate = staticmethod(default_collate)
+
+    def make_dataset(self, image_size):
+        if self.train:
+            steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+        else:
+            steps = [v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)]
+        return SeededDataset(self.split, v2.Compose([*steps, v2.PILToTensor()]), self.seed)
+
     def augmented(self, epoch):
-        self.keys[:] = [[(epoch, i) for i in index.tolist()] for index in self.batches(epoch)]
+        yield from self.read(self.batches(epoch), epoch)
+
+    def read(self, batches, epoch):
+        """The batches with these indices, one after the other."""
+        self.keys[:] = [[(epoch, i) for i in index.tolist()] for index in batches]
         for x, y in self.loader:
             x = x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            yield self.normalize(x), y.to(self.device, non_blocking=True)
+            yield self.normalize(x), self.labels_to_device(y)
+
+    def labels_to_device(self, y):
+        return y.to(self.device, non_blocking=True)
 
     def raw(self, index):
         return torch.stack([self.dataset[0, i][0] for i in index]).to(self.device)
@@ -761,6 +875,76 @@ class SeededDataset(Dataset):
         epoch, index = key
         with seeded(self.seed, epoch, index):
             return self.transform(as_pil(self.split.images[index])), self.split.labels[index]
+
+
+class MaskLoader(WorkerLoader):
+    """Images with masks, transformed together.
+
+    Training, groups(e): one list of parts a batch, each part x (b, 3, size, size), y (b, size, size) int64, of
+    batch_size / accumulate images; the batch is their sum. Flip, shorter side to 0.5..2 times the size, random crop,
+    padded with black and VOID where the image is smaller, blur of every other image (deviation up to 1 pixel).
+    Evaluation, epoch(): x (B, 3, size, size), the whole image squeezed to that size, and B masks of their own sizes.
+    Paper vs code: the paper follows overhaul distillation; the transforms are the authors', but they pad with the
+    background's label, and squeeze the masks of the evaluation too.
+    """
+
+    def __init__(self, split, *, classes, accumulate=1, **kwargs):
+        self.classes = classes
+        super().__init__(split, **kwargs)
+        self.part = math.ceil(self.batch_size / accumulate)
+
+    def make_dataset(self, image_size):
+        if not self.train:
+            return MaskDataset(self.split, v2.Resize((image_size, image_size)), self.seed, len(self.classes), False)
+        transform = v2.Compose(
+            [
+                v2.RandomShortestSize(range(image_size // 2, 2 * image_size + 1)),
+                v2.RandomCrop(image_size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: VOID}),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.GaussianBlur(7, (0.001, 1.0))]),
+            ]
+        )
+        return MaskDataset(self.split, transform, self.seed, len(self.classes), True)
+
+    def groups(self, epoch):
+        groups = [split_batches(batch, self.part) for batch in self.batches(epoch)]
+        parts = self.read([part for group in groups for part in group], epoch)
+        for group in groups:
+            yield list(itertools.islice(parts, len(group)))
+
+    @staticmethod
+    def collate(samples):
+        images, masks = zip(*samples)
+        return torch.stack(images), list(masks)
+
+    def labels_to_device(self, masks):
+        masks = [mask.to(self.device, non_blocking=True).long() for mask in masks]
+        return torch.stack(masks) if self.train else masks
+
+
+class MaskDataset(SeededDataset):
+    """An image and its mask by their key (epoch, index) -> uint8 (3, h, w), uint8 (H, W).
+
+    together: the transform changes the mask as it does the image, else the image alone.
+    """
+
+    def __init__(self, split, transform, seed, num_classes, together):
+        super().__init__(split, transform, seed)
+        self.num_classes, self.together = num_classes, together
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, mask = as_pil(self.split.images[index]), self.split.labels[index]
+        if not torch.is_tensor(mask):
+            path, mask = mask, read_mask(mask, self.num_classes)
+            if mask.shape != (image.height, image.width):
+                sizes = f"{mask.shape[1]}x{mask.shape[0]} pixels, its image {image.width}x{image.height}"
+                raise DataError(f"{path}: the mask has {sizes}")
+        image = tv_tensors.Image(v2.functional.pil_to_tensor(image))
+        mask = tv_tensors.Mask(mask) if self.together else mask  # a plain tensor beside an Image stays as it is
+        with seeded(self.seed, epoch, index):
+            pair = self.transform(image, mask)
+        return tuple(part.as_subclass(torch.Tensor) for part in pair)
 
 
 def init_worker(_):

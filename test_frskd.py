@@ -22,6 +22,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,10 +35,14 @@ from torchvision.transforms import v2
 
 import data
 import frskd
+import seg
 import train
 
 HERE = Path(__file__).parent
 TINY = "--arch wrn10_1 --image-size 16 --per-class 8 --batch-size 16 --device cpu".split()
+
+
+ON_CPU = SimpleNamespace(device="cpu", amp=False, epochs=1, clip_value=None)  # what the batch loops read
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +51,9 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def main(*argv):
-    """train.py in this process; arguments are strings or lists of them."""
-    return train.main([a for arg in argv for a in ([str(arg)] if not isinstance(arg, list) else map(str, arg))])
+def main(*argv, script=train):
+    """train.py or seg.py in this process; arguments are strings or lists of them."""
+    return script.main([a for arg in argv for a in ([str(arg)] if not isinstance(arg, list) else map(str, arg))])
 
 
 def shown(err):
@@ -56,12 +61,12 @@ def shown(err):
     return [line.rsplit("\r", 1)[-1] for line in err.strip().split("\n")]
 
 
-def refused(capsys, *argv):
+def refused(capsys, *argv, script=train):
     """The one line that a user's mistake gets: status 2, nothing else on stderr, no traceback."""
     capsys.readouterr()
-    assert main(*argv) == 2
+    assert main(*argv, script=script) == 2
     lines = shown(capsys.readouterr().err)
-    assert len(lines) == 1 and lines[0].startswith("train.py: error: ")
+    assert len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: error: ")
     return lines[0]
 
 
@@ -1420,9 +1425,9 @@ def weights(folder):
     return torch.load(folder / "last.pt", weights_only=True)["method"]
 
 
-def given(*argv):
+def given(*argv, script=train):
     """What the parser makes of a command line, as main sees it."""
-    values = vars(train.parser().parse_args(shlex.split(" ".join(argv))))
+    values = vars(script.parser().parse_args(shlex.split(" ".join(argv))))
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -1539,6 +1544,10 @@ def test_attention_png_has_two_rows_an_image_and_a_column_a_block(run):
     assert (drawn.float() - 255 * expected.permute(1, 2, 0)).abs().mean() < 2
 
 
+def test_heat_map_of_squares_that_overflow_is_drawn():
+    assert train.heat_map(torch.full((2, 4, 4), 1e30), torch.rand(3, 8, 8)).isfinite().all()
+
+
 def test_heat_map_is_red_where_the_energy_is():
     feat = torch.zeros(3, 4, 4)
     feat[:, 0, 0] = -2
@@ -1576,7 +1585,7 @@ def test_evaluation_is_of_the_network_at_rest(run):
     accuracies = [
         train.evaluate(student, data.make_loader(test, train=False, batch_size=n, image_size=16), off) for n in (1, 256)
     ]
-    assert accuracies[0] == accuracies[1] == (log_of(run)[-1]["top1"], log_of(run)[-1]["top5"])
+    assert accuracies[0] == accuracies[1] == {key: log_of(run)[-1][key] for key in ("top1", "top5")}
 
 
 def test_top_1_and_top_5_by_hand():
@@ -1588,18 +1597,24 @@ def test_top_1_and_top_5_by_hand():
 
     split = data.Split(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([0, 1, 4, 5]))
     loader = data.make_loader(split, train=False, batch_size=3, image_size=8)
-    assert train.evaluate(Table(), loader, torch.autocast("cpu", enabled=False)) == (25, 75)
+    assert train.evaluate(Table(), loader, torch.autocast("cpu", enabled=False)) == dict(top1=25, top5=75)
 
 
 def test_logged_terms_are_means_over_images():
-    """Batches of 3 and 1 images with terms 1 and 5: 2, not 3. Soft labels count by their largest entry."""
+    """Batches of 3 and 1 images with terms 1 and 5: 2, not 3."""
     method = frskd.Baseline(nn.Linear(2, 2))
     method.student(torch.ones(1, 2)).sum().backward()
     meter = train.Meter(method, epoch=0)
-    logits = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
-    meter.update({"ce": torch.tensor(1.0)}, logits, torch.tensor([0, 1, 0]))
-    meter.update({"ce": torch.tensor(5.0)}, logits[:1], torch.tensor([[0.7, 0.3]]))
-    assert meter.read() == {"ce": 2, "train_top1": 75}
+    meter.update({"ce": torch.tensor(1.0)}, 3)
+    meter.update({"ce": torch.tensor(5.0)}, 1)
+    assert meter.read() == {"ce": 2}
+
+
+def test_train_accuracy_by_hand():
+    """Soft labels count by their largest entry."""
+    logits = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1]])
+    assert train.accuracy(logits, torch.tensor([0, 1, 0, 1])) == 75
+    assert train.accuracy(logits, torch.tensor([[0.7, 0.3], [0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])) == 50
 
 
 def test_the_optimiser_is_the_recipes(run):
@@ -1644,7 +1659,7 @@ MOBILENET = (
 )
 
 
-def interrupted(capsys, folder, after, signum, *argv):
+def interrupted(capsys, folder, after, signum, *argv, script=train):
     """main, sent a signal as soon as `after` epochs are logged: it stops, says how to resume, and returns 128 + n."""
 
     def watch():
@@ -1657,10 +1672,10 @@ def interrupted(capsys, folder, after, signum, *argv):
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    status = main(*argv)
+    status = main(*argv, script=script)
     thread.join()
     assert status == 128 + signum
-    assert f"continue with: python train.py --resume {folder}" in capsys.readouterr().err
+    assert f"continue with: python {script.__name__}.py --resume {folder}" in capsys.readouterr().err
     assert not list(folder.glob("*.partial"))
 
 
@@ -1723,9 +1738,9 @@ def test_a_signal_stops_after_the_step_in_hand():
                 yield batch()
 
     method, loader = frskd_method(), Signalling()
-    optimizer, off = torch.optim.SGD(method.parameters(), 0.1), torch.autocast("cpu", enabled=False)
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
     with train.StopOnSignal() as stop, pytest.raises(train.Stopped):
-        train.train_epoch(method, method, loader, optimizer, off, 0, "", stop)
+        train.train_epoch(ON_CPU, method, method, loader, optimizer, 0, stop)
     assert loader.drawn == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -1759,10 +1774,9 @@ def test_a_smaller_last_batch_runs_uncompiled():
         sizes.append(len(x))
         return method(x, y)
 
-    loader, off = device_loader(n=10)[1], torch.autocast("cpu", enabled=False)
-    optimizer = torch.optim.SGD(method.parameters(), 0.1)
+    loader, optimizer = device_loader(n=10)[1], torch.optim.SGD(method.parameters(), 0.1)
     with train.StopOnSignal() as stop:
-        train.train_epoch(compiled, method, loader, optimizer, off, 0, "", stop)
+        train.train_epoch(ON_CPU, compiled, method, loader, optimizer, 0, stop)
     assert sizes == [4, 4]
 
 
@@ -1818,7 +1832,9 @@ def test_every_variant_trains_under_a_name_of_its_own_and_the_table_tells_them_a
 )
 def test_method_is_built_as_the_options_say(options, kind, feature_loss):
     weights = "--alpha 3 --beta 70 --temperature 5 --width 3"
-    method = train.build_method(train.resolve(given("--arch wrn10_1 --device cpu", weights, options)), 8)
+    method = train.build_method(
+        train.CLASSIFICATION, train.resolve(given("--arch wrn10_1 --device cpu", weights, options)), 8
+    )
     assert type(method) is kind and method.teacher.dims == [48, 96, 192]
     assert (method.alpha, method.beta, method.temperature) == (3, 70, 5)
     if feature_loss:
@@ -1916,7 +1932,7 @@ def test_a_gradient_that_is_not_finite_is_named():
         logits.sum().backward()
         if step == 1:
             method.student.bias.grad[0] = math.nan
-        meter.update({"ce": logits.sum()}, logits, torch.tensor([0]))
+        meter.update({"ce": logits.sum()}, 1)
     with pytest.raises(train.NonFinite, match="the gradient of student.bias is not finite in epoch 1, step 2"):
         meter.read()
 
@@ -2126,6 +2142,716 @@ def test_ctrl_c_in_a_terminal_exits_with_130(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err and f"continue with: python train.py --resume {tmp_path / 'run'}" in err
+
+
+# --------------------------------------------------------------------------------- seg.py: networks and losses
+
+
+@functools.cache
+def efficientdet(arch="d0", num_classes=5):
+    torch.manual_seed(0)
+    return seg.EfficientDet(arch, num_classes).eval()
+
+
+@pytest.mark.parametrize("arch, dim", [("d0", 64), ("d1", 88)])
+def test_efficientdet_has_six_levels_of_one_width(arch, dim):
+    """P2..P7, strides 4 to 128; the backbone ends before the convolution that its classifier reads."""
+    net = efficientdet(arch)
+    logits, feats = net.features(torch.randn(1, 3, 136, 200))
+    assert logits.shape == (1, 5, 136, 200) and logits.dtype == torch.float32
+    assert [tuple(f.shape[1:]) for f in feats] == [
+        (dim, 34, 50), (dim, 17, 25), (dim, 9, 13), (dim, 5, 7), (dim, 3, 4), (dim, 2, 2),
+    ]  # fmt: skip
+    assert [lateral[0].in_channels for lateral in net.lateral] == [24, 40, 112, 320, 320]
+    assert len(net.backbone) == 8 and len(net.bifpn) == 3
+
+
+def test_levels_are_the_backbones_stages_and_pooled_below():
+    """P2..P5 from features[2], [3], [5], [7]; P6 is a pooled 1x1 convolution of the last, P7 a pooled P6."""
+    net, x = efficientdet(), torch.randn(2, 3, 64, 64)
+    stages = [x]
+    for stage in net.backbone:
+        stages.append(stage(stages[-1]))
+    expected = [lateral(stages[i + 1]) for lateral, i in zip(net.lateral, (2, 3, 5, 7, 7))]
+    expected[4] = F.max_pool2d(expected[4], 3, 2, 1)
+    assert_close(net.levels(x), [*expected, F.max_pool2d(expected[4], 3, 2, 1)])
+
+
+def test_backbone_is_torchvisions_without_stochastic_depth():
+    net, x = torchvision.models.efficientnet_b0(), torch.randn(2, 3, 64, 64)
+    ours = seg.EfficientDet("d0", 5)
+    ours.backbone.load_state_dict(net.features[:8].state_dict())
+    for module in net.modules():
+        if isinstance(module, torchvision.ops.StochasticDepth):
+            module.p = 0.0
+    assert_close(ours.train().backbone(x), net.train().features[:8](x))
+
+
+def test_bifpn_layer_written_out():
+    """Three levels: fast normalised fusion, swish, one separable 3x3 convolution and batch norm a node."""
+    torch.manual_seed(0)
+    layer = seg.BiFPNLayer(4, levels=3).train()
+    for w in (*layer.top_down_weights, *layer.bottom_up_weights):
+        nn.init.uniform_(w, 0.5, 2)
+    L1, L2, L3 = (torch.randn(2, 4, s, s) for s in (12, 6, 3))
+
+    def node(conv, w, *maps):
+        fused = sum(w_k * x for w_k, x in zip(w, maps)) / (w.sum() + 1e-4)
+        depthwise, pointwise, bn = conv
+        assert (depthwise.groups, depthwise.kernel_size, pointwise.kernel_size) == (4, (3, 3), (1, 1))
+        return bn(pointwise(depthwise(fused * fused.sigmoid())))
+
+    (v1, v2), (w2, w3) = layer.top_down_weights, layer.bottom_up_weights
+    P2 = node(layer.top_down[1], v2, L2, F.interpolate(L3, scale_factor=2, mode="bilinear"))
+    P1 = node(layer.top_down[0], v1, L1, F.interpolate(P2, scale_factor=2, mode="bilinear"))
+    T2 = node(layer.bottom_up[0], w2, L2, P2, F.max_pool2d(P1, 3, 2, 1))
+    T3 = node(layer.bottom_up[1], w3, L3, F.max_pool2d(T2, 3, 2, 1))
+    assert_close(layer([L1, L2, L3]), [P1, T2, T3], rtol=1e-4, atol=1e-5)
+
+
+def test_self_teacher_of_segmentation_is_two_layers_and_a_head():
+    """Sec. 4.2: "additional two BiFPN layer"; the head is a 3x3 convolution to 256, BN, swish, 3x3 to the classes."""
+    teacher = seg.SelfTeacher(64, 21)
+    layer = 10 * (9 * 64 + 64**2 + 2 * 64) + 5 * 2 + 4 * 3 + 2
+    assert sum(p.numel() for p in teacher.bifpn.parameters()) == 2 * layer
+    assert sum(p.numel() for p in teacher.head.parameters()) == 64 * 256 * 9 + 2 * 256 + 256 * 21 * 9 + 21
+
+
+VOID_CASE = (  # two pixels with the logits of the hand-worked soft-label loss, then a void one
+    torch.tensor([[0.0, 1, -1], [2, 0, 0], [9, -9, 3]]).T.view(1, 3, 1, 3).double(),
+    torch.tensor([[2.0, 0, 0], [0, 0, 1], [-9, 9, 9]]).T.view(1, 3, 1, 3).double(),
+    torch.tensor([[[0, 2, 255]]]),
+)
+
+
+def test_pixel_losses_by_hand():
+    """Void pixels are in no loss; the others are averaged: KL at temperature 1 as for two images, 0.791184."""
+    logits, logits_t, y = VOID_CASE
+    pixels, images = seg.count([y])
+    assert (pixels, images) == (2, 1)
+    assert seg.pixel_distillation(logits, logits_t, y, pixels, 1.0).item() == pytest.approx(0.791184, abs=1e-6)
+    expected = (math.log(1 + math.e + 1 / math.e) + math.log(math.exp(2) + 2)) / 2  # labels with logit 0
+    assert seg.pixel_cross_entropy(logits, y, pixels).item() == pytest.approx(expected)
+
+
+def test_void_pixels_get_no_gradient():
+    logits, logits_t, y = VOID_CASE
+    logits = logits.clone().requires_grad_()
+    (seg.pixel_distillation(logits, logits_t, y, 2, 1.0) + seg.pixel_cross_entropy(logits, y, 2)).backward()
+    assert (logits.grad[..., 2] == 0).all() and (logits.grad[..., :2] != 0).all()
+
+
+def test_masks_that_are_all_void_give_zero_not_nan():
+    y = torch.full((1, 1, 3), 255)
+    assert seg.pixel_cross_entropy(VOID_CASE[0], y, seg.count([y])[0]) == 0
+
+
+@pytest.mark.parametrize("epoch, value", [(0, 0), (39, 0), (40, 0.01097), (49, 0.2865), (59, 1), (80, 1)])
+def test_alpha_and_beta_rise_after_the_warm_up(epoch, value):
+    """Appendix: zero for 40 epochs of 60, then exp(-5 (1 - t)^2)."""
+    assert seg.ramp(epoch, 40, 20) == pytest.approx(value, abs=1e-4)
+
+
+class Pixels(nn.Module):
+    """A student without batch norm: 3 -> 4 channels at stride 4, six levels by pooling, logits at stride 4."""
+
+    dim = 4
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 4, stride=4), nn.Conv2d(4, 3, 1)
+
+    def features(self, x):
+        feats = [F.silu(self.conv(x.to(self.conv.weight.dtype)))]
+        feats += [F.avg_pool2d(feats[0], 2**i) for i in range(1, 5)] + [feats[0].mean((2, 3), keepdim=True)]
+        return F.interpolate(self.head(feats[0]), x.shape[-2:]), feats
+
+    def forward(self, x):
+        return self.features(x)[0]
+
+
+def without_batch_norm(module):
+    for name, child in module.named_children():
+        setattr(module, name, nn.Identity() if isinstance(child, nn.BatchNorm2d) else without_batch_norm(child))
+    return module
+
+
+def pixel_method(dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    teacher = without_batch_norm(seg.SelfTeacher(4, 3))
+    method = seg.SegmentationFRSKD(Pixels(), teacher, warmup_epochs=1, ramp_epochs=2, **kwargs).to(dtype)
+    method.set_epoch(1, 3)
+    return method
+
+
+def test_terms_of_segmentation_are_weighted_and_ramped():
+    """alpha 1 and beta 50, times exp(-5/4) half way; in the warm-up the networks' cross-entropies alone."""
+    method, x, y = pixel_method(alpha=2), torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
+    y[0, :20] = 255
+    logits, feats = method.student.features(x)
+    logits_t, feats_t = method.teacher(feats)
+    logits_t = F.interpolate(logits_t, (64, 64), mode="bilinear")
+    rows, rows_t = (z.permute(0, 2, 3, 1)[y != 255] for z in (logits, logits_t))
+    share = math.exp(-5 / 4)
+    expected = dict(
+        ce=F.cross_entropy(logits, y, ignore_index=255),
+        ce_t=F.cross_entropy(logits_t, y, ignore_index=255),
+        kd=share * 2 * frskd.soft_label_distillation(rows, rows_t, 1.0),
+        feat=share * 50 * frskd.attention_transfer(feats, feats_t),
+    )
+    terms, detached = method(x, y)
+    assert list(terms) == list(expected)
+    assert_close(terms, expected, rtol=1e-6, atol=1e-9)
+    assert_close(detached, logits.detach())
+    method.set_epoch(0, 3)
+    assert list(method(x, y)[0]) == ["ce", "ce_t"]
+    assert list(seg.SegmentationBaseline(method.student)(x, y)[0].items()) == [("ce", terms["ce"])]
+
+
+def test_distillation_of_segmentation_updates_the_student_only():
+    """All six levels and the soft labels reach the student; the teacher's cross-entropy reaches both."""
+    method, x, y = pixel_method(), torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
+    for name in ("kd", "feat"):
+        assert all(p.startswith("student") for p in gradients(method, method(x, y)[0][name]))
+    reached = gradients(method, method(x, y)[0]["ce_t"])
+    assert "student.conv.weight" in reached and "student.head.weight" not in reached
+    assert {f"teacher.{name}" for name, _ in method.teacher.head.named_parameters()} <= reached
+
+
+@pytest.mark.parametrize("parts", [[16, 16], [20, 7, 5]])
+def test_gradient_of_the_parts_is_that_of_the_batch(parts):
+    """Float64, no batch norm, a share of void that differs from image to image: 2 x 16 against 32."""
+    method, x = pixel_method(), torch.randn(32, 3, 64, 64)
+    y = torch.where(
+        torch.rand(32, 64, 64) < torch.linspace(0, 0.95, 32).view(-1, 1, 1), 255, torch.randint(3, (32, 64, 64))
+    )
+
+    def batch_gradients(sizes):
+        method.zero_grad()
+        groups = list(zip(x.split(sizes), y.split(sizes)))
+        totals = seg.count([labels for _, labels in groups])
+        for images, labels in groups:
+            sum(method(images, labels, totals)[0].values()).backward()
+        return [p.grad.clone() for p in method.parameters() if p.grad is not None]
+
+    assert_close(batch_gradients(parts), batch_gradients([32]), rtol=1e-9, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------ seg.py: data and evaluation
+
+
+def test_intersection_over_union_by_hand():
+    """Three classes, one of them absent, and a void pixel: class 0 has 2 of 4, class 1 has 3 of 5, class 2 none."""
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 255, 255, 255]])
+    predicted = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 0, 1, 2]])
+    confusion = seg.confusion_matrix(predicted, mask, 3)
+    assert confusion.tolist() == [[2, 1, 0], [1, 3, 0], [0, 0, 0]]
+    iou = seg.intersection_over_union(confusion)
+    assert iou[:2].tolist() == [0.5, 0.6] and iou[2].isnan()
+    student, loader = Answers(predicted), Masks(mask)
+    metrics = seg.evaluate(student, loader, torch.autocast("cpu", enabled=False))
+    assert metrics == dict(miou=pytest.approx(55), iou=dict(a=50, b=60, c=None))
+
+
+class Answers(nn.Module):
+    """Predicts one fixed map of three classes."""
+
+    def __init__(self, predicted):
+        super().__init__()
+        self.logits = F.one_hot(predicted, 3).permute(2, 0, 1)[None].float()
+
+    def forward(self, x):
+        return self.logits
+
+
+class Masks:
+    classes = ["a", "b", "c"]
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def epoch(self):
+        yield torch.zeros(1, 3, 64, 64), [self.mask]
+
+
+def test_a_logit_that_is_not_finite_is_told_from_a_result():
+    student, off = Answers(torch.zeros(2, 2, dtype=torch.long)), torch.autocast("cpu", enabled=False)
+    student.logits[0, 1, 0, 0] = math.inf
+    assert math.isnan(seg.evaluate(student, Masks(torch.zeros(2, 2, dtype=torch.long)), off)["miou"])
+
+
+def mask_loader(images, masks, size=64, classes=3, train=True, **kwargs):
+    split = data.Split(images, masks)
+    options = dict(batch_size=len(images), image_size=size, workers=0, seed=0, stats=data.STATS["imagenet"])
+    names = [str(c) for c in range(classes)]
+    return data.MaskLoader(split, train=train, device="cpu", classes=names, **options | kwargs)
+
+
+def test_padding_is_void_not_background():
+    """White images, class 1 everywhere: what becomes black is void, and nothing is labelled 0."""
+    loader = mask_loader(torch.full((24, 64, 64, 3), 255, dtype=torch.uint8), torch.ones(24, 64, 64, dtype=torch.uint8))
+    pairs = [loader.dataset[0, i] for i in range(24)]
+    padded = [(image, mask) for image, mask in pairs if (mask == 255).any()]
+    assert 3 < len(padded) < 21
+    for image, mask in padded:
+        assert set(mask.unique().tolist()) == {1, 255}
+        assert (image[0][mask == 255] < 130).all() and (image[0][mask == 1] > 125).all()  # blur mixes at the border
+
+
+def test_image_and_mask_stay_aligned():
+    """Red where the label is 1: also after flip, scale, crop and blur, but for the pixels on the border."""
+    g = torch.Generator().manual_seed(0)
+    masks = (F.interpolate(torch.rand(16, 1, 4, 4, generator=g), (80, 100))[:, 0] < 0.5).byte()
+    images = torch.stack([200 * masks, *2 * [torch.full_like(masks, 40)]], 3)
+    loader, seen = mask_loader(images, masks), set()
+    for i in range(16):
+        image, mask = loader.dataset[0, i]
+        wrong = ((image[0] > 100) != (mask == 1)) & (mask != 255)
+        assert wrong.float().mean() < 0.03
+        seen.add((mask == 255).any().item())
+        assert image.shape == (3, 64, 64) and not torch.equal(loader.dataset[1, i][0], image)
+    assert seen == {True, False}
+
+
+def test_augmentation_scales_the_shorter_side_to_half_and_twice_the_crop_and_flips():
+    """Each image is dark at the left; its scale is told by the width of what is not padding."""
+    images = torch.full((60, 40, 40, 3), 200, dtype=torch.uint8)
+    images[:, :, :20] = 100
+    loader = mask_loader(images, torch.ones(60, 40, 40, dtype=torch.uint8), size=64)
+    widths, dark_left = [], []
+    for i in range(60):
+        image, mask = loader.dataset[0, i]
+        inside = (mask == 1).any(0).nonzero().flatten()
+        widths.append(len(inside))
+        dark_left.append(image[0, mask.shape[0] // 2, inside[0] + 2] < image[0, mask.shape[0] // 2, inside[-1] - 2])
+    assert 32 <= min(widths) < 36 and max(widths) == 64
+    assert loader.dataset.transform.transforms[0].min_size == list(range(32, 129))
+    assert 15 < sum(dark_left) < 45
+
+
+def test_a_batch_passes_in_parts_and_none_has_a_single_image():
+    images, masks = (
+        torch.zeros(41, 64, 64, 3, dtype=torch.uint8),
+        torch.arange(41).byte().view(-1, 1, 1).repeat(1, 64, 64),
+    )
+    loader = mask_loader(images, masks % 3, batch_size=20, accumulate=3)
+    assert [[len(x) for x, _ in parts] for parts in loader.groups(0)] == [[7, 7, 6], [7, 7, 7]]
+    order = [i for batch in loader.batches(0) for i in batch.tolist()]
+    assert sorted(order) == list(range(41)) and loader.batches(1)[0].tolist() != order[:20]
+    x, y = next(loader.groups(0))[0]
+    assert x.shape == (7, 3, 64, 64) and y.shape == (7, 64, 64) and y.dtype == torch.int64
+
+
+def test_masks_are_evaluated_at_their_own_size():
+    """The image is squeezed to the network's size, the mask is as it lies."""
+    images = torch.randint(256, (3, 70, 100, 3), dtype=torch.uint8)
+    masks = torch.randint(3, (3, 70, 100), dtype=torch.uint8)
+    loader = mask_loader(images, masks, train=False, batch_size=2)
+    (x, labels), (_, last) = loader.epoch()
+    assert x.shape == (2, 3, 64, 64) and torch.equal(torch.stack([*labels, *last]), masks.long())
+    squeezed = v2.Resize((64, 64))(images[0].permute(2, 0, 1)).float() / 255
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert_close(x[0], (squeezed - mean) / std, rtol=1e-4, atol=1e-4)
+
+
+def voc_tree(root):
+    """A tiny VOCdevkit of 80x72 px: 4 + 9 training and 3 test images; VOC2012 has one of each once more."""
+    lists = {
+        ("VOC2007", "trainval"): ["000032", "000039", "000063", "000068"],
+        ("VOC2012", "trainval"): [f"2008_00{i:04}" for i in range(7)] + ["2007_000032", "2007_000121"],
+        ("VOC2007", "test"): ["000121", "000175", "000243"],
+    }
+    palette = [value for color in seg.voc_palette(256) for value in color]
+    images, _, masks = data.draw_shapes(3, 72, seed=0)
+    k = 0
+    for (year, name), ids in lists.items():
+        folder = root / "VOCdevkit" / year
+        write(folder / f"ImageSets/Segmentation/{name}.txt", "\n".join(ids) + "\n")
+        for image_id in ids:
+            k = (k + 5) % 24
+            image = F.pad(images[k].permute(2, 0, 1), (0, 8)).permute(1, 2, 0)
+            mask = F.pad(masks[k], (0, 8), value=255).numpy()
+            picture(folder / f"JPEGImages/{image_id}.jpg")
+            Image.fromarray(image.numpy()).save(folder / f"JPEGImages/{image_id}.jpg")
+            paletted = Image.frombytes("P", (80, 72), mask.tobytes())
+            paletted.putpalette(palette)
+            picture(folder / f"SegmentationClass/{image_id}.png", kind="PNG")
+            paletted.save(folder / f"SegmentationClass/{image_id}.png")
+    return root
+
+
+def ids(split):
+    return [Path(image).stem for image in split.images]
+
+
+def test_clean_drops_every_image_of_voc2012_that_voc2007_holds(tmp_path):
+    """By the id without 2007_ before it: one of the trainval list, one of the test list; nothing else."""
+    loaded = data.load_masks("voc", data_dir=voc_tree(tmp_path))
+    kept = ["000032", "000039", "000063", "000068"] + [f"2008_00{i:04}" for i in range(7)]
+    assert ids(loaded.train) == kept and ids(loaded.test) == ["000121", "000175", "000243"] and loaded.leaked == 0
+    published = data.load_masks("voc", data_dir=tmp_path / "VOCdevkit", protocol="paper")
+    assert ids(published.train) == kept + ["2007_000032", "2007_000121"] and published.leaked == 1
+    assert [Path(mask).stem for mask in published.train.labels] == ids(published.train)
+    assert len(loaded.classes) == 21 and loaded.classes[1] == "aeroplane" and loaded.classes[20] == "tvmonitor"
+
+
+def test_both_protocols_have_the_published_sizes(tmp_path, monkeypatch):
+    """422 + 2,913 entries as published, 210 test images, all in VOC2012; 422 + 2,281 without them."""
+    held = {"trainval": [f"{i:06}" for i in range(422)], "test": [f"{i:06}" for i in range(422, 632)]}
+    more = [f"2007_{i}" for i in held["trainval"] + held["test"]] + [f"2009_{i:06}" for i in range(2281)]
+    pairs = {("2007", "trainval"): held["trainval"], ("2007", "test"): held["test"], ("2012", "trainval"): more}
+    monkeypatch.setattr(data, "complete_voc_list", lambda root, *which: {i: (i, i) for i in pairs[which]})
+    sizes = {p: len(data.load_masks("voc", data_dir=tmp_path, protocol=p).train) for p in ("clean", "paper")}
+    assert sizes == dict(clean=2703, paper=3335)
+    assert data.load_masks("voc", data_dir=tmp_path, protocol="paper").leaked == 210
+
+
+def test_masks_with_a_palette_are_read_as_class_numbers(tmp_path):
+    loaded = data.load_masks("voc", data_dir=voc_tree(tmp_path))
+    mask = data.read_mask(loaded.train.labels[0], 21)
+    assert mask.shape == (72, 80) and mask.dtype == torch.uint8 and set(mask.unique().tolist()) == {0, 1, 255}
+
+
+# ---------------------------------------------------------------------------------------------- seg.py: runs
+
+TINY_SEG = "--dataset voc --weights none --image-size 64 --batch-size 6 --device cpu --workers 0".split()
+
+
+def seg_main(*argv):
+    return main(*argv, script=seg)
+
+
+def seg_given(*argv):
+    return given(*argv, script=seg)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    return voc_tree(tmp_path_factory.mktemp("voc"))
+
+
+@pytest.fixture(scope="module")
+def seg_run(tmp_path_factory, voc):
+    """One finished run of three epochs, the last of them with distillation."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    assert seg_main(TINY_SEG, "--data-dir", voc, "--epochs 3 --output".split(), folder) == 0
+    return folder
+
+
+def test_recipe_of_segmentation_is_that_of_section_4_2_and_the_appendix():
+    """60 epochs, lr 0.01 divided by 10 at 40, alpha 1, beta 50, warm-up 40; weights of ImageNet; the clean protocol."""
+    args = seg.resolve(seg_given("--dataset voc"))
+    assert (args.epochs, args.lr, args.milestones, args.warmup_epochs, args.ramp_epochs) == (60, 0.01, [40], 40, 20)
+    assert (args.alpha, args.beta, args.temperature, args.protocol, args.weights) == (1, 50, 1, "clean", "imagenet")
+    assert (args.batch_size, args.accumulate, args.momentum, args.weight_decay) == (32, 2, 0.9, 5e-4)
+    assert (args.image_size, args.clip_value, args.arch) == (512, None, "d0")
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ("--dataset voc", "frskd"),
+        ("--dataset voc --alpha 1 --beta 50 --warmup-epochs 40 --ramp-epochs 20", "frskd"),
+        ("--dataset voc --method baseline --protocol paper", "baseline-paper"),
+        ("--dataset voc --beta 0 --weights none", "frskd-nofeat-scratch"),
+        ("--dataset voc --weights a/b.pth --temperature 4", "frskd-a_b_pth-t4"),
+        ("--dataset voc --epochs 30 --accumulate 1 --clip-value 2", "frskd-acc1-clip2-e30"),
+        ("--dataset voc --epochs 30 --warmup-epochs 10 --image-size 128", "frskd-wu10-px128-e30"),
+        ("--ramp-epochs 2 --amp --weights none", "frskd-ramp2-amp"),
+    ],
+)
+def test_a_run_of_segmentation_is_named_by_what_changes_its_result(options, name):
+    assert seg.run_name(seg.resolve(seg_given(options))) == name
+
+
+def test_a_run_of_segmentation_leaves_its_files_and_logs_every_key(seg_run):
+    files = {"args.json", "log.jsonl", "last.pt", "student.pt", "predictions.png"}
+    assert {p.name for p in seg_run.iterdir()} == files
+    keys = "epoch lr ce ce_t {}miou iou images_per_s seconds data_wait"
+    assert [list(entry) for entry in log_of(seg_run)] == [keys.format(x).split() for x in ("", "", "kd feat ")]
+    iou = log_of(seg_run)[-1]["iou"]
+    assert list(iou) == data.VOC_CLASSES and iou["tvmonitor"] is None
+    known = [value for value in iou.values() if value is not None]
+    assert log_of(seg_run)[-1]["miou"] == pytest.approx(sum(known) / len(known))
+    args = json.loads((seg_run / "args.json").read_text())
+    assert args["name"] == "frskd-scratch-bs6-px64-e3" and args["command"].startswith("python seg.py --dataset voc")
+    assert (args["train_images"], args["test_images"], args["test_images_in_training"]) == (11, 3, 0)
+
+
+def test_the_last_line_of_segmentation_is_the_result(voc, tmp_path, capsys):
+    options = "--epochs 1 --method baseline --protocol paper --output".split()
+    assert seg_main(TINY_SEG, "--data-dir", voc, options, tmp_path) == 0
+    out, err = capsys.readouterr()
+    pattern = r"voc d0 baseline-paper-scratch-bs6-px64-e1 seed 0: mIoU (\S+) \(last epoch; best \1 at epoch 1\)"
+    assert re.fullmatch(pattern, out.splitlines()[-1])
+    assert "seg.py: warning: 1 of the 3 test images are also training images" in err
+    assert json.loads((tmp_path / "args.json").read_text())["test_images_in_training"] == 1
+
+
+def test_predictions_png_shows_image_truth_student_and_teacher(seg_run, voc):
+    picture = Image.open(seg_run / "predictions.png")
+    width = round(128 * 80 / 72)
+    assert picture.size == (110 + 4 * (width + 4), 24 + 3 * 132)
+    net = seg.EfficientDet("d0", 21).eval()
+    net.load_state_dict(torch.load(seg_run / "student.pt", weights_only=True))
+    loaded = data.load_masks("voc", data_dir=voc)
+    image, mask = Image.open(loaded.test.images[1]), data.read_mask(loaded.test.labels[1], 21)
+    x = v2.functional.normalize(v2.Resize((64, 64))(v2.functional.to_image(image)) / 255, *data.STATS["imagenet"])
+    predicted = F.interpolate(net(x[None]), mask.shape, mode="bilinear").argmax(1)[0]
+    colors = torch.tensor(seg.voc_palette(21) + 235 * [(255, 255, 255)])
+    for k, labels in ((1, mask.long()), (2, predicted)):
+        box = (110 + k * (width + 4), 24 + 132)
+        tile = torch.frombuffer(
+            bytearray(picture.crop((*box, box[0] + width, box[1] + 128)).tobytes()), dtype=torch.uint8
+        )
+        tile = tile.view(128, width, 3)[::32, ::32].float()
+        rows, columns = (torch.arange(0, side, 32) * full // side for side, full in ((128, 72), (width, 80)))
+        expected = colors[labels[rows][:, columns]].float()
+        assert ((tile - 0.75 * expected).clamp(0, 64) - (tile - 0.75 * expected)).abs().max() <= 1  # the rest: image
+
+
+def test_student_of_segmentation_loads_without_the_teacher(seg_run):
+    state = torch.load(seg_run / "student.pt", weights_only=True)
+    seg.EfficientDet("d0", 21).load_state_dict(state, strict=True)
+    assert not any(key.startswith("teacher") for key in state)
+
+
+def test_eval_of_segmentation_gives_the_logged_result(seg_run, voc, tmp_path, capsys):
+    shutil.copy(seg_run / "student.pt", tmp_path / "alone.pt")
+    for file, options in (("last.pt", []), ("student.pt", []), (tmp_path / "alone.pt", [*TINY_SEG, "--data-dir", voc])):
+        capsys.readouterr()
+        assert seg_main("--eval", seg_run / file, options) == 0
+        assert f"mIoU {log_of(seg_run)[-1]['miou']:.2f} (on VOC2007 test" in capsys.readouterr().out
+    for file, columns in (("last.pt", 4), ("student.pt", 3)):
+        assert seg_main("--eval", seg_run / file, "--predictions", "--output", tmp_path) == 0
+        assert Image.open(tmp_path / "predictions.png").width == 110 + columns * (142 + 4)
+
+
+def test_segmentation_interrupted_and_resumed_ends_the_same(seg_run, voc, tmp_path, capsys):
+    """In the warm-up and after it, with other numbers of workers."""
+    options = [*TINY_SEG, "--data-dir", voc, "--epochs", 3, "--output", tmp_path / "cut"]
+    interrupted(capsys, tmp_path / "cut", 1, signal.SIGINT, options, script=seg)
+    interrupted(capsys, tmp_path / "cut", 2, signal.SIGTERM, "--resume", tmp_path / "cut", "--workers", 2, script=seg)
+    assert seg_main("--resume", tmp_path / "cut", "--workers", 1) == 0
+    assert same_run(seg_run, tmp_path / "cut")
+
+
+def test_more_epochs_keep_the_schedule_of_a_segmentation_run(seg_run, tmp_path):
+    """Warm-up and ramp stay those of the run, and the command to paste says so."""
+    assert seg_main("--resume", seg_run, "--epochs", 4, "--output", tmp_path) == 0
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert (args["warmup_epochs"], args["ramp_epochs"], args["milestones"]) == (2, 1, [2])
+    assert seg.run_name(seg.resolve(seg_given(args["command"].removeprefix("python seg.py ")))) == args["name"]
+    assert numbers(tmp_path)[:3] == numbers(seg_run)
+
+
+def test_seg_and_train_tell_their_runs_apart(run, seg_run, tmp_path, capsys):
+    assert f"{seg_run / 'last.pt'} is of a run of seg.py, not of train.py" in refused(capsys, "--resume", seg_run)
+    assert "is of a run of train.py, not of seg.py" in refused(capsys, "--eval", run / "student.pt", script=seg)
+    for folder, name in ((run, "a"), (seg_run, "b")):
+        shutil.copytree(folder, tmp_path / name)
+    capsys.readouterr()
+    assert seg_main("--table", tmp_path) == 0
+    table = capsys.readouterr().out
+    assert "mIoU in percent" in table and "| method | voc d0 |" in table and "frskd-scratch-bs6" in table
+    assert "wrn10_1" not in table and "Not averaged" not in table
+    main("--table", tmp_path)
+    assert "voc" not in capsys.readouterr().out
+
+
+def test_compiled_segmentation_gives_the_same_losses(seg_run, voc, tmp_path):
+    options = [*TINY_SEG, "--data-dir", voc, "--epochs", 3, "--compile", "aot_eager"]
+    assert seg_main(options, "--output", tmp_path) == 0
+    eager, compiled = (numbers(folder) for folder in (seg_run, tmp_path))
+    for epoch in range(3):
+        terms = [name for name in eager[epoch] if name.startswith(("ce", "kd", "feat"))]
+        assert [eager[epoch][n] for n in terms] == pytest.approx([compiled[epoch][n] for n in terms], rel=0.05)
+
+
+def test_bf16_segmentation_trains_near_float32(seg_run, voc, tmp_path):
+    assert seg_main(TINY_SEG, "--data-dir", voc, "--epochs 3 --amp --output".split(), tmp_path) == 0
+    assert log_of(tmp_path)[0]["ce"] == pytest.approx(log_of(seg_run)[0]["ce"], rel=0.05)
+    assert numbers(tmp_path) != numbers(seg_run)
+
+
+class Recorded(torch.optim.SGD):
+    """Counts its steps, and keeps the gradients of the last."""
+
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+        self.last = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        super().step()
+
+
+def one_epoch(accumulate, clip_value=None):
+    method, g = pixel_method(), torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 64, 64, 3), dtype=torch.uint8, generator=g)
+    masks = torch.randint(3, (40, 64, 64), dtype=torch.uint8, generator=g)
+    loader = mask_loader(images, masks, batch_size=32, accumulate=accumulate)
+    optimizer = Recorded(method.parameters(), 0.1)
+    args = SimpleNamespace(**vars(ON_CPU) | dict(clip_value=clip_value))
+    with train.StopOnSignal() as stop:
+        means, _ = seg.train_epoch(args, method, method, loader, optimizer, 1, stop)
+    return means, optimizer, list(method.parameters())
+
+
+def test_an_epoch_in_parts_is_the_epoch_in_batches():
+    """Two updates, of 32 and of 8 images: same logged terms, same weights, without batch norm."""
+    (means, optimizer, parameters), (means2, optimizer2, parameters2) = one_epoch(1), one_epoch(3)
+    assert optimizer.steps == optimizer2.steps == 2
+    assert means2 == pytest.approx(means, rel=1e-9)
+    assert_close(parameters2, parameters, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_are_clipped_by_value():
+    """The authors' element-wise clip."""
+    largest = [max(g.abs().max() for g in one_epoch(1, clip)[1].last) for clip in (None, 1e-3)]
+    assert largest[0] > largest[1] == pytest.approx(1e-3)
+
+
+def test_segmentation_starts_from_torchvisions_weights(tmp_path):
+    """A file of theirs, with the classifier that the backbone lacks."""
+    net = torchvision.models.efficientnet_b0()
+    torch.save(net.state_dict(), tmp_path / "b0.pth")
+    method = seg.SegmentationBaseline(seg.EfficientDet("d0", 5))
+    seg.pretrain(seg.resolve(seg_given(f"--weights {tmp_path / 'b0.pth'}")), method)
+    assert_close(method.student.backbone.state_dict(), net.features[:8].state_dict(), rtol=0, atol=0)
+
+
+def test_a_resumed_run_does_not_ask_for_its_weights_again(voc, tmp_path):
+    torch.save(torchvision.models.efficientnet_b0().state_dict(), tmp_path / "b0.pth")
+    options = [*TINY_SEG, "--data-dir", voc, "--weights", tmp_path / "b0.pth", "--epochs", 1, "--method", "baseline"]
+    assert seg_main(options, "--output", tmp_path / "run") == 0
+    (tmp_path / "b0.pth").unlink()
+    assert seg_main("--resume", tmp_path / "run", "--epochs", 2) == 0
+
+
+def test_cost_prints_what_the_teacher_adds(capsys):
+    """Of d0 and d1, with the parameters counted here."""
+    assert seg_main("--cost") == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, (arch, dim) in zip(lines, (("d0", 64), ("d1", 88))):
+        counts = [
+            sum(p.numel() for p in m.parameters()) for m in (seg.EfficientDet(arch, 21), seg.SelfTeacher(dim, 21))
+        ]
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[0].startswith(arch) and (cells[1], cells[3]) == tuple(f"{count / 1e6:.3f}" for count in counts)
+        assert cells[5] == f"{100 * counts[1] / sum(counts):.1f} %"
+        flops, flops_t = float(cells[2]), float(cells[4])
+        assert cells[6] == f"{100 * flops_t / (flops + flops_t):.1f} %" and flops > flops_t > 1
+
+
+def seg_change(name):
+    """Ways to break a VOC tree: {what: (change, what the one line says)}."""
+    return {
+        "a list": (
+            lambda v: (v / "VOC2012/ImageSets/Segmentation/trainval.txt").unlink(),
+            "VOCtrainval_11-May-2012.tar",
+        ),
+        "the test archive": (lambda v: (v / "VOC2007/ImageSets/Segmentation/test.txt").unlink(), "VOCtest_06-Nov-2007"),
+        "a year": (lambda v: shutil.rmtree(v / "VOC2007"), "VOCtrainval_06-Nov-2007.tar"),
+        "an image": (lambda v: (v / "VOC2012/JPEGImages/2008_000002.jpg").unlink(), "1 images and masks of"),
+        "a mask": (lambda v: (v / "VOC2007/SegmentationClass/000175.png").unlink(), "000175.png"),
+        "an empty list": (lambda v: write(v / "VOC2007/ImageSets/Segmentation/test.txt", ""), "names no image"),
+        "a mask of another size": (
+            lambda v: Image.new("P", (80, 70)).save(v / "VOC2007/SegmentationClass/000032.png"),
+            "000032.png: the mask has 80x70 pixels, its image 80x72",
+        ),
+        "a label": (
+            lambda v: Image.new("L", (80, 72), 21).save(v / "VOC2007/SegmentationClass/000032.png"),
+            "000032.png: the label 21 is neither a class, 0 to 20, nor void, 255",
+        ),
+        "a coloured mask": (
+            lambda v: Image.new("RGB", (80, 72)).save(v / "VOC2007/SegmentationClass/000121.png"),
+            "000121.png: not a readable mask (mode RGB",
+        ),
+        "a torn image": (
+            lambda v: (v / "VOC2007/JPEGImages/000032.jpg").write_bytes(b"\xff\xd8\xff"),
+            "000032.jpg: not a readable image",
+        ),
+        "test masks all void": (
+            lambda v: [
+                Image.new("L", (80, 72), 255).save(p) for p in (v / "VOC2007/SegmentationClass").glob("000[12]*")
+            ],
+            "every pixel of the test masks is void",
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a list", "the test archive", "a year", "an image", "a mask", "an empty list", "a mask of another size", "a label",
+     "a coloured mask", "a torn image", "test masks all void"],
+)  # fmt: skip
+def test_a_broken_voc_gets_one_line(tmp_path, capsys, name):
+    change, message = seg_change(name)
+    voc_tree(tmp_path)
+    change(tmp_path / "VOCdevkit")
+    options = ["--method", "baseline", "--epochs", 1, "--output", tmp_path / "run"]
+    assert message in refused(capsys, TINY_SEG, "--data-dir", tmp_path, options, script=seg)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--image-size 63", "argument --image-size: '63' is not a whole number of at least 64"),
+        ("--batch-size 1", "--image-size 64 makes P7 a single position"),
+        ("--batch-size 4 --accumulate 4", "--image-size 64 makes P7 a single position"),
+        ("--batch-size 4 --accumulate 5", "--accumulate 5: more parts than the images of a batch, 4"),
+        ("--warmup-epochs 9", "--warmup-epochs 9: distillation would never start"),
+        ("--method baseline --beta 5", "--beta has no effect with --method baseline"),
+        ("--method baseline --warmup-epochs 5", "--warmup-epochs has no effect with --method baseline"),
+        ("--protocol paper", "--protocol has no effect with --dataset shapes"),
+        ("--data-dir x", "--data-dir has no effect with --dataset shapes"),
+        ("--arch d2", "argument --arch: invalid choice: 'd2'"),
+        ("--dataset voc --data-dir /nowhere", "VOC2007/ImageSets/Segmentation/trainval.txt is missing; fetch"),
+        ("--weights /nowhere", "no such file: /nowhere"),
+        ("--cost --arch d1", "--cost goes without any other option"),
+        ("--predictions 99", "--predictions 99 is after the last of"),
+        ("--batch-size 4000", "--batch-size 4000 is larger than the training set of 1600 images"),
+    ],
+)
+def test_a_users_mistake_in_segmentation_gets_one_line(capsys, options, message):
+    assert message in refused(capsys, options.split(), script=seg)
+
+
+def test_weights_that_do_not_fit_are_refused(seg_run, tmp_path, monkeypatch, capsys):
+    """Another architecture's, no state_dict at all, a run's own student; and torchvision's, without a network."""
+    torch.save(torchvision.models.efficientnet_b1().state_dict(), tmp_path / "b1.pth")
+    torch.save([1], tmp_path / "list.pth")
+    for file in (tmp_path / "b1.pth", tmp_path / "list.pth", seg_run / "student.pt"):
+        message = refused(capsys, "--weights", file, "--output", tmp_path / "run", script=seg)
+        assert f"{file} is not a state_dict of torchvision's efficientnet_b0, the backbone of d0" in message
+
+    def unreachable(*_, **__):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(torchvision.models.EfficientNet_B0_Weights, "get_state_dict", unreachable)
+    message = refused(capsys, "--weights", "imagenet", "--output", tmp_path / "run", script=seg)
+    assert "cannot fetch https://download.pytorch.org/models/efficientnet_b0" in message and "no network;" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_download_of_voc_fetches_what_is_missing(tmp_path, served, monkeypatch):
+    """The test archive alone, from a server here: it merges with what is there."""
+    where, address = served
+    voc_tree(tmp_path)
+    devkit = tmp_path / "VOCdevkit/VOC2007"
+    with tarfile.open(where / "VOCtest_06-Nov-2007.tar", "w") as tar:
+        for path in (devkit / "ImageSets/Segmentation/test.txt", *devkit.glob("*/000[12]*")):
+            tar.add(path, path.relative_to(tmp_path))
+            path.unlink()
+    md5 = hashlib.md5((where / "VOCtest_06-Nov-2007.tar").read_bytes()).hexdigest()
+    archive = dict(url=f"{address}/VOCtest_06-Nov-2007.tar", md5=md5)
+    monkeypatch.setitem(data.DATASET_YEAR_DICT, "2007-test", data.DATASET_YEAR_DICT["2007-test"] | archive)
+    with pytest.raises(data.DataError, match="test.txt is missing; fetch and unpack http"):
+        data.load_masks("voc", data_dir=tmp_path)
+    assert len(data.load_masks("voc", data_dir=tmp_path, download=True).test) == 3
+    (devkit / "JPEGImages/000175.jpg").unlink()
+    shutil.rmtree(where)
+    assert len(data.load_masks("voc", data_dir=tmp_path, download=True).test) == 3  # unpacked again, not fetched
 
 
 # ----------------------------------------------------------------------------------------------- the README

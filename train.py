@@ -24,6 +24,8 @@ import statistics
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +67,7 @@ BETA = dict(fitnet=1.0, od=0.01)
 # Paper vs code: neither says it for ImageNet; as for FGVR.
 MIXUP = (0.2, 0.3)
 CUTMIX = 1.0  # appendix
-RUN = dict(seed=0, data_dir="data", download=False, workers=2, device=None, compile=None, attention=None, output=None)
+RUN = dict(seed=0, data_dir="data", download=False, workers=2, device=None, compile=None, output=None)
 
 # What a choice that is not the recipe's adds to the name of a run, in this order.
 TAGS = dict(
@@ -75,7 +77,6 @@ TAGS = dict(
 TEACHER_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels", "feature_loss", "sla")
 THIS_CALL = ("output", "overwrite", "resume", "eval")  # not kept in a checkpoint
 MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", *THIS_CALL)  # from the checkpoint's values
-
 
 DOWNLOADS = ["cifar100", *(name for name, official in data.OFFICIAL.items() if official.archives)]
 
@@ -107,10 +108,16 @@ def resolve(given):
     recipe = recipe | dict(dataset=dataset)
     if given.get("feature_loss", "at") != "at":
         recipe["beta"] = BETA[given["feature_loss"]]
-    args = SimpleNamespace(**recipe | RUN | given)
+    args = with_defaults(recipe, dict(attention=None), given)
+    args.mixup = mixup_alpha(args.mixup, args.image_size)
+    return args
+
+
+def with_defaults(recipe, defaults, given):
+    """The options given, with the recipe's values and the defaults of any run where none was given."""
+    args = SimpleNamespace(**recipe | RUN | defaults | given)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.recipe = recipe
-    args.mixup = mixup_alpha(args.mixup, args.image_size)
     if "milestones" not in given:
         args.milestones = default_milestones(args)
     if args.milestones != sorted(set(args.milestones)) or args.milestones[-1:] >= [args.epochs]:
@@ -147,7 +154,13 @@ def run_name(args):
     if args.method == "frskd" and args.teacher == "bifpn":
         name += f"-bifpn{args.channels}"
         ignored += ("width",)
-    for key, tag in TAGS.items():
+    return name + tagged(args, defaults, TAGS, ignored)
+
+
+def tagged(args, defaults, tags, ignored):
+    """The part of a run's name that says which values are not the defaults: -wd0.0005-e20."""
+    name = ""
+    for key, tag in tags.items():
         value = getattr(args, key)
         if value != defaults[key] and key not in ignored:
             name += f"-{tag}{text(value)}"
@@ -208,9 +221,9 @@ METHODS = {  # name -> (student, number of classes, args) -> method, see frskd.F
 }
 
 
-def build_method(args, num_classes):
+def build_method(task, args, num_classes):
     torch.manual_seed(args.seed)
-    method = METHODS[args.method](build_student(args, num_classes), num_classes, args)
+    method = task.methods[args.method](task.build_student(args, num_classes), num_classes, args)
     return method.to(args.device, memory_format=torch.channels_last)
 
 
@@ -244,72 +257,116 @@ def build_loaders(args, train=True):
 # ------------------------------------------------------------------------------------------------------- loop
 
 
-def train_epoch(forward, method, loader, optimizer, autocast, epoch, title, stop):
-    """One pass over the training images; -> means of the terms, train_top1, images_per_s, seconds, data_wait.
+@dataclass
+class Task:
+    """What classification and segmentation differ in; command line, epochs and the folder of a run are shared.
+
+    given: the options of a command line, a dict. args: all values of a run.
+    """
+
+    script: str  # "train.py"
+    recipe: dict  # any one: keys and types of the values that a checkpoint must hold
+    metrics: dict  # of the test split, in percent: {key in the log: its name}; the first is the result
+    picture: str  # the option that draws, and the stem of its file
+    parser: Callable  # () -> Parser
+    check_options: Callable  # (given); raises UserError where they do not go together
+    resolve: Callable  # given -> args, all but script, name and the default of output
+    run_name: Callable  # args -> the name of the run
+    build_loaders: Callable  # (args, train=True) -> data, training loader if `train`, test loader
+    build_student: Callable  # (args, num_classes) -> student
+    methods: dict  # name -> (student, num_classes, args) -> method
+    pretrain: Callable  # (args, method): loads the weights that a fresh run starts from
+    train_epoch: Callable  # (args, forward, method, loader, optimizer, epoch, stop) -> means of the terms, the clock
+    evaluate: Callable  # (student, loader, autocast, stop=None) -> metrics; the first is nan if a logit is no number
+    draw: Callable  # (method, loader, data, path)
+    reports: dict  # options that print something and stop: {key: function (task, value)}
+
+
+def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
+    """One pass over the training images; -> means of the terms and train_top1, the clock.
 
     forward is the method, compiled or not. A smaller last batch goes to the method itself: no compiling again.
     """
     method.train()
-    meter, waited, began = Meter(method, epoch), 0.0, time.perf_counter()
-    with progress_bar(len(loader), title) as bar:
-        asked = began
-        for x, y in loader.epoch(epoch):
-            waited += time.perf_counter() - asked
-            with autocast:
-                terms, logits = (forward if len(x) == loader.batch_size else method)(x, y)
-            optimizer.zero_grad()
-            sum(terms.values()).backward()
-            optimizer.step()
-            meter.update(terms, logits, y)
+    meter, autocast = Meter(method, epoch), precision(args)
+    for x, y in watched(loader.epoch(epoch), len(loader), meter, args, stop):
+        with autocast:
+            terms, logits = (forward if len(x) == loader.batch_size else method)(x, y)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        meter.update(terms | dict(train_top1=accuracy(logits, y)), len(x))
+    return meter.read(), meter.clock()
+
+
+def accuracy(logits, y):
+    """Top-1 accuracy in percent; a soft label (B, num_classes) counts as its largest entry."""
+    labels = y.argmax(1) if y.ndim == 2 else y
+    return 100 * (logits.argmax(1) == labels).double().mean()
+
+
+def watched(batches, steps, meter, args, stop):
+    """The batches of an epoch under a progress bar: the meter is read every 50 steps, a signal ends it."""
+    with progress_bar(steps, epoch_title(meter.epoch, args)) as bar:
+        asked = time.perf_counter()
+        for batch in batches:
+            meter.data_wait += time.perf_counter() - asked
+            yield batch
             if meter.step % 50 == 0:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in meter.read().items()})
             bar.update()
             stop.check()
             asked = time.perf_counter()
-    means = meter.read()
-    seconds = time.perf_counter() - began
-    return means, dict(images_per_s=meter.images / seconds, seconds=seconds, data_wait=waited)
 
 
-def train(args, loaders, folder, checkpoint, stop):
+def epoch_title(epoch, args):
+    return f"epoch {epoch + 1}/{args.epochs}"
+
+
+def train(task, args, loaders, folder, checkpoint, stop):
     """Train to args.epochs, from the checkpoint where there is one; -> the log, a list of dicts, one an epoch."""
     loaded, train_loader, test_loader = loaders
-    method = build_method(args, len(loaded.classes))
+    method = build_method(task, args, len(loaded.classes))
     optimizer = torch.optim.SGD(  # weight decay on everything, as the authors' code
         method.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     log = []
     if checkpoint:
-        load_state(method, checkpoint["method"], args)
-        load_state(optimizer, checkpoint["optimizer"], args)
+        load_state(method, checkpoint["method"], unfit_checkpoint(args))
+        load_state(optimizer, checkpoint["optimizer"], unfit_checkpoint(args))
         log = checkpoint["log"]
     else:
+        task.pretrain(args, method)
         remove_run(folder)
     write_run(folder, args, loaded, log)
 
     autocast = precision(args)
     forward = torch.compile(method, backend=args.compile) if args.compile else method
+    metric, metric_name = next(iter(task.metrics.items()))
+    pictures = getattr(args, task.picture)
     for epoch in range(len(log), args.epochs):
         torch.manual_seed(data.seed_of(args.seed, epoch))  # for dropout: a resumed run draws the same
         lr = optimizer.param_groups[0]["lr"] = args.lr / 10 ** sum(epoch >= m for m in args.milestones)
-        title = f"epoch {epoch + 1}/{args.epochs}"
-        means, clock = train_epoch(forward, method, train_loader, optimizer, autocast, epoch, title, stop)
-        top1, top5 = evaluate(method.student, test_loader, autocast, stop)
-        check_finite(method, top1, epoch)
-        log.append(dict(epoch=epoch + 1, lr=lr, **means, top1=top1, top5=top5, **clock))
+        if hasattr(method, "set_epoch"):
+            method.set_epoch(epoch, args.epochs)
+        means, clock = task.train_epoch(args, forward, method, train_loader, optimizer, epoch, stop)
+        metrics = task.evaluate(method.student, test_loader, autocast, stop)
+        check_finite(method, metrics[metric], epoch)
+        log.append(dict(epoch=epoch + 1, lr=lr, **means, **metrics, **clock))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        print(f"{title}  lr {lr:g}  {terms}  top-1 {top1:.2f}  {clock['images_per_s']:.0f} images/s", flush=True)
+        result = f"{metric_name} {metrics[metric]:.2f}  {clock['images_per_s']:.0f} images/s"
+        print(f"{epoch_title(epoch, args)}  lr {lr:g}  {terms}  {result}", flush=True)
         write_log(folder, log)
         save_checkpoint(folder, method, optimizer, args, log)
-        if args.attention and epoch + 1 in args.attention:
-            draw_attention(method, test_loader, loaded, folder / f"attention-{epoch + 1}.png")
-    if not args.attention:
-        draw_attention(method, test_loader, loaded, folder / "attention.png")
+        if pictures and epoch + 1 in pictures:
+            task.draw(method, test_loader, loaded, folder / f"{task.picture}-{epoch + 1}.png")
+    if not pictures:
+        task.draw(method, test_loader, loaded, folder / f"{task.picture}.png")
     return log
 
 
 class Meter:
-    """Means of the terms and train accuracy, and the first step at which a term or a gradient was not finite.
+    """Means of the terms over the images, and the first step at which a term or a gradient was not finite.
 
     Everything is kept on the device; read() is the only synchronisation.
     """
@@ -317,26 +374,25 @@ class Meter:
     def __init__(self, method, epoch):
         self.method, self.epoch, self.step, self.images = method, epoch, 0, 0
         self.sums = self.first_bad = None
+        self.began, self.data_wait = time.perf_counter(), 0.0
 
-    def update(self, terms, logits, y):
-        """terms, logits as the method returns them; to be called after backward, while the gradients stand."""
+    def update(self, terms, images):
+        """terms: {name: scalar}, means over `images`; to be called after backward, while the gradients stand."""
         gradients = {name: p.grad for name, p in self.method.named_parameters() if p.grad is not None}
-        values = torch.stack([t.detach() for t in terms.values()])
+        values = torch.stack([t.detach().double() for t in terms.values()])
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))
         finite = torch.cat([values, norms]).isfinite()
-        labels = y.argmax(1) if y.ndim == 2 else y
-        correct = (logits.argmax(1) == labels).sum()[None]
         if self.step == 0:
             self.terms, self.gradients = list(terms), list(gradients)
-            self.sums = torch.zeros(len(values) + 1, dtype=torch.float64, device=values.device)
+            self.sums = torch.zeros_like(values)
             self.first_bad = torch.full(finite.shape, -1, device=values.device)
-        self.sums += torch.cat([values * len(y), correct])
+        self.sums += values * images
         self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.step)
         self.step += 1
-        self.images += len(y)
+        self.images += images
 
     def read(self):
-        """-> mean of each term over the images so far, and train_top1 in percent. Raises NonFinite."""
+        """-> mean of each term over the images so far. Raises NonFinite."""
         first_bad = self.first_bad.tolist()
         bad = [(step, i) for i, step in enumerate(first_bad) if step >= 0]
         if bad:
@@ -344,8 +400,11 @@ class Meter:
             n = len(self.terms)
             what = f"the term {self.terms[i]}" if i < n else f"the gradient of {self.gradients[i - n]}"
             raise NonFinite(f"{what} is not finite in epoch {self.epoch + 1}, step {step + 1}")
-        *means, correct = (self.sums / self.images).tolist()
-        return dict(zip(self.terms, means)) | dict(train_top1=100 * correct)
+        return dict(zip(self.terms, (self.sums / self.images).tolist()))
+
+    def clock(self):
+        seconds = time.perf_counter() - self.began
+        return dict(images_per_s=self.images / seconds, seconds=seconds, data_wait=self.data_wait)
 
 
 @torch.no_grad()
@@ -362,16 +421,16 @@ def evaluate(student, loader, autocast, stop=None):
             stop.check()
     top1, top5, not_finite = counts.tolist()
     if not_finite:
-        return math.nan, math.nan
-    return 100 * top1 / len(loader.split), 100 * top5 / len(loader.split)
+        return dict(top1=math.nan, top5=math.nan)
+    return dict(top1=100 * top1 / len(loader.split), top5=100 * top5 / len(loader.split))
 
 
-def check_finite(method, top1, epoch):
+def check_finite(method, result, epoch):
     """The update of an epoch's last step shows in none of its terms: look before the weights are saved."""
     for name, tensor in method.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NonFinite(f"{name} is not finite after epoch {epoch + 1}")
-    if math.isnan(top1):
+    if math.isnan(result):
         raise NonFinite(f"a logit of a test image is not finite after epoch {epoch + 1}")
 
 
@@ -406,19 +465,25 @@ def progress_bar(steps, title):
     return tqdm(total=steps, desc=title, leave=False, mininterval=0.1 if sys.stderr.isatty() else 5)
 
 
-def result_line(args, log, test_name):
+def result_line(task, args, log, test_name):
     """The last line of a run; a folder's says which split it was evaluated on."""
-    last, best = log[-1], max(log, key=lambda entry: entry["top1"])
+    metric = next(iter(task.metrics))
+    last, best = log[-1], max(log, key=lambda entry: entry[metric])
     split = f" on {test_name}" if args.dataset == "folder" else ""
     return (
-        f"{args.dataset} {args.arch} {args.name} seed {args.seed}: top-1 {last['top1']:.2f} top-5 {last['top5']:.2f} "
-        f"(last epoch{split}; best {best['top1']:.2f} at epoch {best['epoch']})"
+        f"{args.dataset} {args.arch} {args.name} seed {args.seed}: {results(task, last)} "
+        f"(last epoch{split}; best {best[metric]:.2f} at epoch {best['epoch']})"
     )
+
+
+def results(task, metrics):
+    """top-1 73.27 top-5 92.10"""
+    return " ".join(f"{name} {metrics[key]:.2f}" for key, name in task.metrics.items())
 
 
 # ------------------------------------------------------------------------------------- the folder of a run
 
-RUN_FILES = ("args.json", "log.jsonl", "last.pt", "student.pt", "attention*.png")
+RUN_FILES = ("args.json", "log.jsonl", "last.pt", "student.pt", "attention*.png", "predictions*.png")
 
 
 def run_files(folder):
@@ -443,7 +508,7 @@ def remove_run(folder):
 def write_run(folder, args, loaded, log):
     """args.json, and log.jsonl with the epochs that a checkpoint holds."""
     about = dict(
-        command="python train.py " + shlex.join(args.argv),
+        command=f"python {args.script} {shlex.join(args.argv)}",
         torch=torch.__version__,
         torchvision=torchvision.__version__,
         python=sys.version.split()[0],
@@ -452,6 +517,7 @@ def write_run(folder, args, loaded, log):
         train_images=len(loaded.train),
         test_images=len(loaded.test),
         test_name=loaded.test_name,
+        test_images_in_training=loaded.leaked,
         num_classes=len(loaded.classes),
     )
     values = {k: v for k, v in vars(args).items() if k not in ("argv", "overwrite", "resume")}
@@ -507,27 +573,34 @@ def load_file(path):
         raise UserError(f"{path} is not a checkpoint that can be read: {type(error).__name__}") from None
 
 
-def is_checkpoint(content):
-    """Whether it is what save_checkpoint wrote to a last.pt."""
+def is_checkpoint(content, path, task):
+    """Whether it is what save_checkpoint wrote to a last.pt. Raises UserError where another script did."""
     return (
         isinstance(content, dict)
         and {"args", "method", "optimizer", "log"} <= set(content)
-        and is_values(content["args"])
+        and is_values(content["args"], path, task)
         and isinstance(content["log"], list)
     )
 
 
-def is_values(content):
+class OtherScript(UserError):
+    """A run of train.py where one of seg.py is expected, or the reverse."""
+
+
+def is_values(content, path, task):
     """Whether it is the values of a run, as a checkpoint and an args.json hold them: every key, of the right type."""
-    needed = {*CIFAR, *RUN, "dataset", "milestones", "recipe", "name"} - {"output"}
-    if not isinstance(content, dict) or not needed <= set(content):
+    needed = {*task.recipe, *RUN, task.picture, "script", "dataset", "milestones", "recipe", "name"} - {"output"}
+    if not isinstance(content, dict):
         return False
-    types = {key: type(value) for key, value in CIFAR.items() if value is not None} | dict(recipe=dict, name=str)
-    types["lr_drops"] = (list, tuple)  # JSON knows no tuple
-    return all(isinstance(content[key], kind) for key, kind in types.items()) and content["method"] in METHODS
+    if isinstance(content.get("script"), str) and content["script"] != task.script:
+        raise OtherScript(f"{path} is of a run of {content['script']}, not of {task.script}")
+    types = {key: type(value) for key, value in task.recipe.items() if value is not None} | dict(recipe=dict, name=str)
+    types |= {key: (list, tuple) for key, kind in types.items() if kind is tuple}  # JSON knows no tuple
+    fit = needed <= set(content) and all(isinstance(content[key], kind) for key, kind in types.items())
+    return fit and content["method"] in task.methods
 
 
-def continued(saved, given):
+def continued(task, saved, given):
     """The values of a checkpoint, and what the command line may change of them; anything else is refused by name."""
     args = SimpleNamespace(**saved)
     if "mixup" in given:
@@ -545,7 +618,7 @@ def continued(saved, given):
         setattr(args, key, value)
     if longer:
         args.argv += ["--milestones", text(args.milestones)]
-    args.name = run_name(args)
+    args.name = task.run_name(args)
     return args
 
 
@@ -553,14 +626,18 @@ def option(key):
     return "--" + key.replace("_", "-")
 
 
-def load_state(target, state, args):
-    """target.load_state_dict, of a network, a method or an optimiser."""
+def load_state(target, state, unfit):
+    """target.load_state_dict, of a network, a method or an optimiser; `unfit` begins the message where it fails."""
     try:
         target.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
         reasons = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = reasons[1] if len(reasons) > 1 else reasons[0]
-        raise UserError(f"the checkpoint does not fit {args.arch}, {args.method}: {reason[:200]}") from None
+        raise UserError(f"{unfit}: {reason[:200]}") from None
+
+
+def unfit_checkpoint(args):
+    return f"the checkpoint does not fit {args.arch}, {args.method}"
 
 
 # ---------------------------------------------------------------------------------------- pictures and tables
@@ -608,39 +685,42 @@ def heat_map(feat, image):
     """Attention map of one feature map (C, h, w), from blue to red over an image (3, H, W) of 0..1 -> (3, H, W)."""
     heat = frskd.attention_map(feat[None]).cpu().view(1, 1, *feat.shape[-2:])
     heat = F.interpolate(heat, image.shape[-2:], mode="bilinear")[0, 0]
-    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)
+    heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)).nan_to_num(0)  # squares may overflow
     shades = torch.tensor([[0.0, 0, 0.4], [0, 0.3, 1], [0, 0.9, 0.9], [1, 0.9, 0], [0.8, 0, 0]]).T[None]  # (1, 3, 5)
     palette = F.interpolate(shades, 256, mode="linear", align_corners=True)[0]  # (3, 256)
     return 0.35 * image.mean(0) + 0.65 * palette[:, (255 * heat).long()]
 
 
-def print_table(folder):
-    """Mean and standard deviation over seeds of the runs below a folder, in markdown: laid out as Table 1, and where
-    runs differ in alpha and in beta, a grid of the two, the numbers of Figure 4."""
+def print_table(task, folder):
+    """Mean and standard deviation over seeds of the task's runs below a folder, in markdown: laid out as Table 1, and
+    where runs differ in alpha and in beta, a grid of the two, the numbers of Figure 4."""
+    metric, metric_name = next(iter(task.metrics.items()))
     runs, grids, left_out = {}, {}, []
     for path in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
         try:
-            args = read_values(path)
+            args = read_values(path, task)
             log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
-            top1 = [float(entry["top1"]) for entry in log]
+            result = [float(entry[metric]) for entry in log]
             source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
             column = f"{args['dataset']}{source} {args['arch']}"
             weights = {key: args["recipe"][key] for key in ("alpha", "beta")}
-            name, grid = args["name"], run_name(SimpleNamespace(**args | weights))
+            name, grid = args["name"], task.run_name(SimpleNamespace(**args | weights))
             if not log or len(log) < args["epochs"]:
                 left_out.append(f"- {path.parent}: unfinished, {len(log)} of {args['epochs']} epochs")
             elif args["seed"] in runs.setdefault((name, column), {}):
                 left_out.append(f"- {path.parent}: seed {args['seed']} again")
             else:
-                runs[name, column][args["seed"]] = top1[-1], max(top1)
+                runs[name, column][args["seed"]] = result[-1], max(result)
                 grids.setdefault((column, grid), {})[args["alpha"], args["beta"]] = name
+        except OtherScript:
+            continue
         except (UserError, OSError, ValueError, KeyError, TypeError):
             left_out.append(f"- {path.parent}: not a run that can be read")
     if not runs and not left_out:
-        raise UserError(f"--table {folder}: no run in or below this folder (a run has an args.json)")
+        raise UserError(f"--table {folder}: no run of {task.script} in or below this folder (a run has an args.json)")
     names = sorted({name for name, _ in runs}, key=lambda name: (not name.startswith("baseline"), name))
     columns = sorted({column for _, column in runs})
-    print("Top-1 accuracy in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
+    print(f"{metric_name} in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
     print_rows("method", columns, {name: [cell(runs.get((name, column))) for column in columns] for name in names})
     for (column, grid), cells in sorted(grids.items()):
         alphas, betas = (sorted(set(values)) for values in zip(*cells))
@@ -728,10 +808,10 @@ def folder_name(string):
     return string
 
 
-def recipe_values(key):
+def recipe_values(key, recipes=RECIPES):
     """What each recipe says of a value, for --help: "2 shapes, cifar100; 1 folder above 64 px"."""
     names = {}
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes.items():
         names.setdefault(text(recipe[key]), []).append(name)
     return "; ".join(f"{value} {', '.join(n)}" for value, n in names.items())
 
@@ -800,10 +880,16 @@ def parser():
     g.add_argument("--weight-decay", type=not_negative, help="on every parameter; 5e-4 is common elsewhere (default "
                    "1e-4; Sec. 4.1)")
 
+    add_run_options(p, "attention")
+    return p
+
+
+def add_run_options(p, picture):
+    """The options of a run that every task has; `picture` is the one that draws. -> the last group, to be added to."""
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=at_least(0), help="of initialisation, order and augmentation (default 0)")
-    g.add_argument("--workers", type=at_least(0), help="processes that decode images above 64 px; changes no number "
-                   "(default 2)")
+    g.add_argument("--workers", type=at_least(0), help="processes that decode and augment images, of train.py those "
+                   "above 64 px; changes no number (default 2)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     g.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast; the losses stay in float32")
     g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
@@ -813,43 +899,46 @@ def parser():
     g.add_argument("--overwrite", action="store_true", default=None, help="replace the run that the folder holds")
     g.add_argument("--resume", nargs="?", const=True, type=folder_name, metavar="PATH", help="continue a run, its "
                    "folder or last.pt; without PATH the one in --output, or a fresh one where that holds no checkpoint")
-    g.add_argument("--attention", type=at_least(1), nargs="*", metavar="EPOCH", help="draw attention-<epoch>.png after "
-                   "these epochs (default: attention.png at the end)")
+    g.add_argument(f"--{picture}", type=at_least(1), nargs="*", metavar="EPOCH", help=f"draw {picture}-<epoch>.png "
+                   f"after these epochs (default: {picture}.png at the end)")
 
     g = p.add_argument_group("instead of training")
-    g.add_argument("--eval", metavar="FILE", help="evaluate a last.pt or student.pt; with --attention draw its maps")
+    g.add_argument("--eval", metavar="FILE", help="evaluate a last.pt or student.pt; with "
+                   f"--{picture} draw {picture}.png instead")
     g.add_argument("--table", metavar="DIR", help="print the results of the runs below a folder as a markdown table")
-    return p
+    return g
 # fmt: on
+
+
+def refuse(given, keys, reason):
+    """Raises UserError for the first of the keys that was given."""
+    for key in keys:
+        if key in given:
+            raise UserError(f"{option(key)} {reason}")
 
 
 def check_options(given):
     """Options that do not go together, refused before any data is read."""
     dataset, arch, method = given.get("dataset", "shapes"), given.get("arch"), given.get("method", "frskd")
     teacher = given.get("teacher", "bifpnc")
-
-    def refuse(keys, reason):
-        for key in keys:
-            if key in given:
-                raise UserError(f"{option(key)} {reason}")
-
     if method == "baseline":
-        refuse(TEACHER_OPTIONS, "has no effect with --method baseline, which has no teacher")
-    refuse(["channels"] if teacher == "bifpnc" else ["width"], f"has no effect with --teacher {teacher}")
+        refuse(given, TEACHER_OPTIONS, "has no effect with --method baseline, which has no teacher")
+    refuse(given, ["channels"] if teacher == "bifpnc" else ["width"], f"has no effect with --teacher {teacher}")
     if dataset == "shapes":
-        refuse(["data_dir"], "has no effect with --dataset shapes, which is drawn in memory")
+        refuse(given, ["data_dir"], "has no effect with --dataset shapes, which is drawn in memory")
     if dataset == "imagenet":
-        refuse(["download"], "cannot fetch imagenet, which needs a registration: see image-net.org")
+        refuse(given, ["download"], "cannot fetch imagenet, which needs a registration: see image-net.org")
     elif dataset not in DOWNLOADS:
-        refuse(["download"], f"has no effect with --dataset {dataset}")
+        refuse(given, ["download"], f"has no effect with --dataset {dataset}")
     if given.get("beta") == 0:
-        refuse(["feature_loss"], "has no effect with --beta 0, which is without a feature loss")
+        refuse(given, ["feature_loss"], "has no effect with --beta 0, which is without a feature loss")
     if "mixup" in given:
-        refuse(["cutmix"], "does not go with --mixup: one of them")
+        refuse(given, ["cutmix"], "does not go with --mixup: one of them")
     if "sla" in given:
-        refuse(["mixup", "cutmix"], "does not go with --sla, whose labels of class and rotation cannot be mixed")
+        refuse(given, ["mixup", "cutmix"], "does not go with --sla, whose labels of class and rotation cannot be mixed")
     if arch is None or own_network(arch):
         refuse(
+            given,
             ["blocks"],
             "is for the networks of torchvision.models; --arch " + (arch or "of the recipe") + " has its own",
         )
@@ -863,7 +952,7 @@ def check_options(given):
         raise UserError(f"--feature-loss od compares maps before their ReLU, which --arch {arch} does not give")
 
 
-def check_values(args):
+def check_values(task, args):
     """Values that this machine or the schedule does not bear."""
     there = {"cpu": 1, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.device_count()}
     kind, _, number = args.device.partition(":")
@@ -872,65 +961,67 @@ def check_values(args):
         raise UserError(f"--device {args.device}: no such device here, there are {names}")
     if args.compile == "inductor" and kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler on a CPU: install g++ or leave it out")
-    if args.attention and max(args.attention) > args.epochs:
-        raise UserError(f"--attention {max(args.attention)} is after the last of {args.epochs} epochs")
+    pictures = getattr(args, task.picture)
+    if pictures and max(pictures) > args.epochs:
+        raise UserError(f"{option(task.picture)} {max(pictures)} is after the last of {args.epochs} epochs")
 
 
-def fresh(given, argv):
+def fresh(task, given, argv):
     """The values of a new run."""
-    check_options(given)
-    args = resolve(given)
-    args.name, args.argv = run_name(args), [a for a in argv if a not in ("--overwrite", "--resume")]
+    task.check_options(given)
+    args = task.resolve(given)
+    args.script, args.name = task.script, task.run_name(args)
+    args.argv = [a for a in argv if a not in ("--overwrite", "--resume")]
     args.output = args.output or f"runs/{args.dataset}-{args.arch}-{args.name}-s{args.seed}"
     return args
 
 
-def resumed(path, given):
+def resumed(task, path, given):
     """The values of the run at `path`, a folder or its last.pt, and its checkpoint."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     checkpoint = load_file(path)
-    if not is_checkpoint(checkpoint):
+    if not is_checkpoint(checkpoint, path, task):
         raise UserError(f"{path} is not the last.pt of a run")
-    args = continued(checkpoint["args"], given)
+    args = continued(task, checkpoint["args"], given)
     args.output = given.get("output", str(path.parent))
     if Path(args.output).resolve() != path.parent.resolve():
         refuse_to_overwrite(args.output)
     return args, checkpoint
 
 
-def run_training(given, argv):
+def run_training(task, given, argv):
     """A fresh run, or one continued: -> exit status."""
     resume, checkpoint = given.get("resume"), None
     if resume and "overwrite" in given:
         raise UserError("--overwrite and --resume do not go together")
     if resume in (None, True):  # True: without a path
-        args = fresh(given, argv)
+        args = fresh(task, given, argv)
         if resume and (Path(args.output) / "last.pt").exists():
             resume = args.output
         elif not resume and "overwrite" not in given:
             refuse_to_overwrite(args.output)
     if resume not in (None, True):
-        args, checkpoint = resumed(resume, given)
-    check_values(args)
+        args, checkpoint = resumed(task, resume, given)
+    check_values(task, args)
     folder = Path(args.output)
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
 
-    loaders = build_loaders(args)
+    loaders = task.build_loaders(args)
     try:
         with StopOnSignal() as stop:
-            log = train(args, loaders, folder, checkpoint, stop)
+            log = train(task, args, loaders, folder, checkpoint, stop)
     except Stopped as stopped:
         if (folder / "last.pt").exists():
-            how = f"continue with: python train.py --resume {shlex.quote(str(folder))}"
+            how = f"continue with: python {task.script} --resume {shlex.quote(str(folder))}"
         else:
-            how = f"no epoch was finished; start again with: python train.py {shlex.join(args.argv)} --overwrite"
-        print(f"train.py: stopped; {how}", file=sys.stderr)
+            how = f"no epoch was finished; start again with: python {task.script} {shlex.join(args.argv)} --overwrite"
+        print(f"{task.script}: stopped; {how}", file=sys.stderr)
         return 128 + stopped.signum
     except NonFinite as error:
         kept = f"; {folder / 'last.pt'} is of the epoch before" if (folder / "last.pt").exists() else ""
-        print(f"train.py: error: {error}{kept}", file=sys.stderr)
+        print(f"{task.script}: error: {error}{kept}", file=sys.stderr)
         return 1
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -939,75 +1030,99 @@ def run_training(given, argv):
             f"batch norm cannot normalise one value a channel: --batch-size {args.batch_size} and --image-size "
             f"{args.image_size} leave a single one, take larger ones"
         ) from None
-    print(result_line(args, log, loaders[0].test_name))
+    print(result_line(task, args, log, loaders[0].test_name))
     return 0
 
 
-def run_eval(given):
-    """Evaluate a last.pt or a student.pt, or with --attention draw its maps; -> exit status."""
+def run_eval(task, given):
+    """Evaluate a last.pt or a student.pt, or with the option that draws, draw its picture; -> exit status."""
     if "resume" in given or "overwrite" in given:
         raise UserError("--eval goes with neither --resume nor --overwrite")
     path = Path(given["eval"])
     state = load_file(path)
-    draw = given.pop("attention", None) is not None
+    draw = given.pop(task.picture, None) is not None
     beside = path.with_name("args.json")
-    whole = is_checkpoint(state)
+    whole = is_checkpoint(state, path, task)
     if whole or beside.exists():
-        args = continued(state["args"] if whole else read_values(beside), given)
+        args = continued(task, state["args"] if whole else read_values(beside, task), given)
         name = f"{args.name} seed {args.seed}"
     else:  # the command line says what the file holds
-        check_options(given)
-        args, name = resolve(given), path.name
-    check_values(args)
-    loaded, loader = build_loaders(args, train=False)
+        task.check_options(given)
+        args, name = task.resolve(given), path.name
+    check_values(task, args)
+    loaded, loader = task.build_loaders(args, train=False)
     if not whole:
         args.method = "baseline"  # only the plain network is in the file
-    method = build_method(args, len(loaded.classes))
+    method = build_method(task, args, len(loaded.classes))
     if whole:
-        load_state(method, state["method"], args)
+        load_state(method, state["method"], unfit_checkpoint(args))
     else:
-        load_state(frskd.export(method.student), state, args)
+        load_state(frskd.export(method.student), state, unfit_checkpoint(args))
     if draw:
-        picture = Path(given.get("output", path.parent)) / "attention.png"
-        draw_attention(method, loader, loaded, picture)
+        picture = Path(given.get("output", path.parent)) / f"{task.picture}.png"
+        task.draw(method, loader, loaded, picture)
         print(picture)
         return 0
-    top1, top5 = evaluate(method.student, loader, precision(args))
-    if math.isnan(top1):
+    metrics = task.evaluate(method.student, loader, precision(args))
+    if math.isnan(metrics[next(iter(task.metrics))]):
         raise UserError(f"{path}: a logit of a test image is not finite")
-    print(f"{args.dataset} {args.arch} {name}: top-1 {top1:.2f} top-5 {top5:.2f} (on {loaded.test_name}, {path})")
+    print(f"{args.dataset} {args.arch} {name}: {results(task, metrics)} (on {loaded.test_name}, {path})")
     return 0
 
 
-def read_values(path):
+def read_values(path, task):
     """The values in an args.json."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError):
         values = None
-    if not is_values(values):
+    if not is_values(values, path, task):
         raise UserError(f"{path} does not hold the values of a run: move it away, and name the options of the file")
     return values
 
 
-def main(argv=None):
-    """The command line; -> exit status: 0, 1 a number that is not finite, 2 a user's mistake, 130 and 143 signals."""
+def run_command(task, argv):
+    """A command line; -> exit status: 0, 1 a number that is not finite, 2 a user's mistake, 130 and 143 signals."""
     argv = list(sys.argv[1:] if argv is None else argv)
     dashed = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
     try:
-        given = {k: v for k, v in vars(parser().parse_args(dashed)).items() if v is not None}
-        if "table" in given:
+        given = {k: v for k, v in vars(task.parser().parse_args(dashed)).items() if v is not None}
+        for key in task.reports.keys() & given.keys():
             if len(given) > 1:
-                raise UserError("--table goes without any other option")
-            print_table(given["table"])
+                raise UserError(f"{option(key)} goes without any other option")
+            task.reports[key](task, given[key])
             return 0
-        return run_eval(given) if "eval" in given else run_training(given, argv)
+        return run_eval(task, given) if "eval" in given else run_training(task, given, argv)
     except (UserError, DataError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"{task.script}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: stopped", file=sys.stderr)
+        print(f"{task.script}: stopped", file=sys.stderr)
         return 130
+
+
+CLASSIFICATION = Task(
+    script="train.py",
+    recipe=CIFAR,
+    metrics=dict(top1="top-1", top5="top-5"),
+    picture="attention",
+    parser=parser,
+    check_options=check_options,
+    resolve=resolve,
+    run_name=run_name,
+    build_loaders=build_loaders,
+    build_student=build_student,
+    methods=METHODS,
+    pretrain=lambda args, method: None,
+    train_epoch=train_epoch,
+    evaluate=evaluate,
+    draw=draw_attention,
+    reports=dict(table=print_table),
+)
+
+
+def main(argv=None):
+    return run_command(CLASSIFICATION, argv)
 
 
 if __name__ == "__main__":
