@@ -38,7 +38,8 @@ COMMON = dict(
     temperature=1.0, batch_size=32, accumulate=2, momentum=0.9, weight_decay=5e-4,  # silent: the authors' code
 )  # fmt: skip
 RECIPES = {
-    "shapes": COMMON | dict(weights="none", image_size=64, accumulate=1, epochs=9, lr=0.05),  # ours: for two CPU cores
+    # Ours: short enough for two CPU cores.
+    "shapes": COMMON | dict(weights="none", image_size=64, batch_size=16, accumulate=1, epochs=9, lr=0.05),
     "voc": COMMON | dict(weights="imagenet", image_size=512),
 }
 TAGS = dict(
@@ -522,7 +523,8 @@ def parser():
     g.add_argument("--epochs", type=at_least(1), help=f"(default {recipe_values('epochs')}; Sec. 4.2, shapes ours)")
     g.add_argument("--milestones", type=train.epoch_list, metavar="A,B,...", help="after these epochs the learning "
                    "rate falls to a tenth; none is constant (default 2/3 of --epochs, 40 of 60; Sec. 4.2)")
-    g.add_argument("--batch-size", type=at_least(1), help="images an update (default 32; the authors' 2 x 16)")
+    g.add_argument("--batch-size", type=at_least(1), help=f"images an update (default "
+                   f"{recipe_values('batch_size')}; the authors' 2 x 16, shapes ours)")
     g.add_argument("--accumulate", type=at_least(1), metavar="N", help="a batch passes in N parts, one after the "
                    "other: less memory, the same gradient but for batch norm (default "
                    f"{recipe_values('accumulate')}; the authors' code)")
@@ -557,6 +559,7 @@ SEGMENTATION = train.Task(
     check_options=check_options,
     resolve=resolve,
     run_name=run_name,
+    schedule=lambda args: ["milestones"] + ["warmup_epochs", "ramp_epochs"] * (args.method == "frskd"),
     build_loaders=build_loaders,
     build_student=build_student,
     methods=METHODS,

@@ -272,6 +272,7 @@ class Task:
     check_options: Callable  # (given); raises UserError where they do not go together
     resolve: Callable  # given -> args, all but script, name and the default of output
     run_name: Callable  # args -> the name of the run
+    schedule: Callable  # args -> the keys whose defaults follow from --epochs
     build_loaders: Callable  # (args, train=True) -> data, training loader if `train`, test loader
     build_student: Callable  # (args, num_classes) -> student
     methods: dict  # name -> (student, num_classes, args) -> method
@@ -616,8 +617,9 @@ def continued(task, saved, given):
         if key not in ("resume", "eval"):  # so that args.json's command says it too
             args.argv = [*getattr(args, "argv", []), option(key), *([] if value is True else [text(value)])]
         setattr(args, key, value)
-    if longer:
-        args.argv += ["--milestones", text(args.milestones)]
+    if longer:  # the command to paste names what would otherwise follow from --epochs
+        for key in task.schedule(args):
+            args.argv += [option(key), text(getattr(args, key))]
     args.name = task.run_name(args)
     return args
 
@@ -1110,6 +1112,7 @@ CLASSIFICATION = Task(
     check_options=check_options,
     resolve=resolve,
     run_name=run_name,
+    schedule=lambda args: ["milestones"],
     build_loaders=build_loaders,
     build_student=build_student,
     methods=METHODS,
