@@ -2676,7 +2676,7 @@ def test_compiled_segmentation_gives_the_same_terms_and_compiles_once_for_all_of
 
 def test_segmentation_trains_compiled(seg_run, voc, tmp_path):
     """From the warm-up into distillation, the last part of a batch smaller."""
-    options = [*TINY_SEG, "--data-dir", voc, "--epochs", 3, "--compile", "aot_eager"]
+    options = [*TINY_SEG, "--data-dir", voc, "--epochs", 3, "--compile", "eager"]
     assert seg_main(options, "--output", tmp_path) == 0
     eager, compiled = (numbers(folder) for folder in (seg_run, tmp_path))
     assert [list(entry) for entry in compiled] == [list(entry) for entry in eager]
@@ -2872,19 +2872,16 @@ def test_download_of_voc_fetches_what_is_missing(tmp_path, served, monkeypatch):
 # ----------------------------------------------------------------------------------------------- the README
 
 
-def readme_commands():
+@pytest.mark.parametrize("script, number", [(train, 90), (seg, 12)])
+def test_every_command_of_the_readme_is_understood(script, number):
     text = (HERE / "README.md").read_text()
-    return [line.split("#")[0] for line in re.findall(r"python train\.py((?! --help)[^`\n]*)", text)]
-
-
-def test_every_command_of_the_readme_is_understood():
-    commands = readme_commands()
-    assert len(commands) >= 90
+    commands = re.findall(rf"python {script.__name__}\.py((?! --help)[^`\n]*)", text)
+    assert len(commands) >= number
     for command in commands:
-        command = command.replace("$alpha", "1").replace("$beta", "50")
-        options = given(command)
-        if not {"resume", "eval", "table"} & set(options):
-            train.check_options(options)
+        command = command.split("#")[0].replace("$alpha", "1").replace("$beta", "50")
+        options = given(command, script=script)
+        if not {"resume", "eval", "table", "cost"} & set(options):
+            script.check_options(options)
 
 
 def test_every_row_of_the_papers_tables_is_the_command_beside_it():
@@ -2913,6 +2910,21 @@ def test_every_row_of_the_papers_tables_is_the_command_beside_it():
         elif not cells:
             title = ""
     assert rows == 16 + 16 + 4 + 12 + 4 + 24
+
+
+def test_every_row_of_table_4_is_the_command_beside_it():
+    """Network, method and protocol; the published figures stand beside the published protocol alone."""
+    rows = [line.split("|")[1:-1] for line in (HERE / "README.md").read_text().splitlines() if "`python seg.py" in line]
+    rows = [[cell.strip() for cell in row] for row in rows if len(row) == 4]
+    for label, paper, _, command in rows:
+        arch, method, protocol = label.split(", ")
+        args = seg.resolve(seg_given(command.strip("`").removeprefix("python seg.py")))
+        assert (args.dataset, args.arch, args.method) == ("voc", arch, method.lower())
+        assert args.protocol == {"as published": "paper", "clean": "clean"}[protocol] and bool(paper) == (
+            args.protocol == "paper"
+        )
+        assert seg.run_name(args) == method.lower() + "-paper" * bool(paper)
+    assert [row[1] for row in rows if row[1]] == ["79.07", "80.55", "81.95", "83.88"] and len(rows) == 8
 
 
 def test_the_readmes_snippet_runs():
