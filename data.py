@@ -562,7 +562,8 @@ def draw_shapes(per_class, size, seed):
     """
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(SHAPES)).repeat_interleave(per_class)
-    drawn = [_draw(chunk, size, g) for chunk in labels.split(256)]
+    chunk = max(1, 256 * 64**2 // max(64, size) ** 2)  # images drawn at once: bounds the memory
+    drawn = [_draw(part, size, g) for part in labels.split(chunk)]
     images, masks = (torch.cat(parts) for parts in zip(*drawn))
     return images, labels, masks
 
@@ -641,8 +642,7 @@ def read_voc(root, protocol="clean", download=False):
     does not.
     Paper vs code: both train on VOC2012's whole list, and so on every test image.
     """
-    if root.resolve().name == "VOCdevkit":
-        root = root.resolve().parent
+    root = next((path.parent for path in (root, root.resolve()) if path.name == "VOCdevkit"), root)
     train, more, test = (voc_list(root, *which, download) for which in VOC_LISTS)
     if protocol == "clean":
         more = {image_id: paths for image_id, paths in more.items() if plain_id(image_id) not in train | test}
@@ -677,12 +677,16 @@ def complete_voc_list(root, year, name):
         source = torchvision.datasets.VOCSegmentation(root, year=year, image_set=name)
     except (RuntimeError, OSError):
         raise DataError(f"{file} is missing") from None
-    if not source.images:
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not a text file") from None
+    pairs = {Path(mask).stem: (image, mask) for image, mask in zip(source.images, source.masks)}
+    pairs.pop(".png", None)  # an empty line
+    if not pairs:
         raise DataError(f"{file} names no image")
-    absent = missing([*source.images, *source.masks])
+    absent = missing([path for pair in pairs.values() for path in pair])
     if absent:
         raise DataError(f"{len(absent)} images and masks of {file} are missing, first {absent[0]}")
-    return {Path(image).stem: (image, mask) for image, mask in zip(source.images, source.masks)}
+    return pairs
 
 
 def read_mask(path, num_classes):
@@ -880,18 +884,18 @@ class SeededDataset(Dataset):
 class MaskLoader(WorkerLoader):
     """Images with masks, transformed together.
 
-    Training, groups(e): one list of parts a batch, each part x (b, 3, size, size), y (b, size, size) int64, of
-    batch_size / accumulate images; the batch is their sum. Flip, shorter side to 0.5..2 times the size, random crop,
+    Training, groups(e): one list of parts a batch, each part x (b, 3, size, size), y (b, size, size) int64, of `part`
+    images; a last single image joins the part before. Flip, shorter side to 0.5..2 times the size, random crop,
     padded with black and VOID where the image is smaller, blur of every other image (deviation up to 1 pixel).
     Evaluation, epoch(): x (B, 3, size, size), the whole image squeezed to that size, and B masks of their own sizes.
     Paper vs code: the paper follows overhaul distillation; the transforms are the authors', but they pad with the
     background's label, and squeeze the masks of the evaluation too.
     """
 
-    def __init__(self, split, *, classes, accumulate=1, **kwargs):
+    def __init__(self, split, *, classes, part=None, **kwargs):
         self.classes = classes
         super().__init__(split, **kwargs)
-        self.part = math.ceil(self.batch_size / accumulate)
+        self.part = part or self.batch_size
 
     def make_dataset(self, image_size):
         if not self.train:

@@ -8,7 +8,7 @@
     python seg.py --table runs
     python seg.py --cost
 
-The network is a backbone, EfficientNet, six levels P2..P7, three BiFPN layers and a head. The self-teacher is two
+The network is a backbone, EfficientNet, six levels P2..P7, three BiFPN layers and a head on P2. The self-teacher is two
 more BiFPN layers on the student's, and a head of its own. What a run leaves is as of train.py, predictions.png in
 place of attention.png; the epochs, the command line and the folder of a run are shared with it.
 """
@@ -16,6 +16,7 @@ place of attention.png; the epochs, the command line and the folder of a run are
 import math
 import re
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -33,8 +34,8 @@ from train import UserError, at_least, not_negative, positive, refuse
 # --------------------------------------------------------------------------------------------------- recipes
 
 COMMON = dict(
-    method="frskd", arch="d0", alpha=1.0, beta=50.0, epochs=60, lr=0.01, lr_drops=(2 / 3,),  # Sec. 4.2 and appendix
-    warmup=2 / 3, protocol="clean", clip_value=None, amp=False,
+    alpha=1.0, beta=50.0, epochs=60, warmup=2 / 3, lr=0.01, lr_drops=(2 / 3,),  # Sec. 4.2 and appendix
+    method="frskd", teacher="full", arch="d0", protocol="clean", clip_value=None, amp=False,
     temperature=1.0, batch_size=32, accumulate=2, momentum=0.9, weight_decay=5e-4,  # silent: the authors' code
 )  # fmt: skip
 RECIPES = {
@@ -46,7 +47,7 @@ TAGS = dict(
     temperature="t", alpha="alpha", beta="beta", warmup_epochs="wu", ramp_epochs="ramp", weight_decay="wd", lr="lr",
     momentum="m", batch_size="bs", accumulate="acc", clip_value="clip", image_size="px", epochs="e", milestones="ms",
 )  # fmt: skip
-TEACHER_OPTIONS = ("alpha", "beta", "temperature", "warmup_epochs", "ramp_epochs")
+TEACHER_OPTIONS = ("teacher", "alpha", "beta", "temperature", "warmup_epochs", "ramp_epochs")
 
 
 def resolve(given):
@@ -58,13 +59,6 @@ def resolve(given):
     args.ramp_epochs = given.get("ramp_epochs", args.epochs - args.warmup_epochs)
     if args.method == "frskd" and args.warmup_epochs >= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs}: distillation would never start in {args.epochs} epochs")
-    if args.accumulate > args.batch_size:
-        raise UserError(f"--accumulate {args.accumulate}: more parts than the images of a batch, {args.batch_size}")
-    if args.image_size <= ONE_POSITION and math.ceil(args.batch_size / args.accumulate) == 1:
-        raise UserError(
-            f"--image-size {args.image_size} makes P7 a single position, which batch norm cannot normalise over one "
-            "image: take a larger --batch-size, a smaller --accumulate, or crops above 128 px"
-        )
     return args
 
 
@@ -79,10 +73,12 @@ def run_name(args):
     name, ignored = args.method, TEACHER_OPTIONS if args.method == "baseline" else ()
     if args.method == "frskd" and args.beta == 0:
         name, ignored = name + "-nofeat", ("beta",)
+    if args.method == "frskd" and args.teacher != defaults["teacher"]:
+        name += f"-{args.teacher}"
     if args.protocol != defaults["protocol"]:
         name += f"-{args.protocol}"
     if args.weights != defaults["weights"]:
-        name += "-scratch" if args.weights == "none" else f"-{re.sub('[^A-Za-z0-9]+', '_', args.weights)}"
+        name += "-scratch" if args.weights == "none" else f"-{Path(args.weights).stem}"
     return name + train.tagged(args, defaults, TAGS, ignored)
 
 
@@ -99,16 +95,17 @@ class BiFPNLayer(nn.Module):
     P_n = L_n,  P_i = Conv(swish(w1 L_i + w2 Resize(P_{i+1})))                    top-down
     T_1 = P_1,  T_i = Conv(swish(w1 L_i + w2 P_i + w3 Resize(T_{i-1})))           bottom-up, T_n without P_n
 
-    Conv is one separable 3x3 convolution and batch norm. Source: Sec. 4.2 and EfficientDet, the paper's [28].
+    Conv is one separable 3x3 convolution and batch norm. bottom_up=False has the top-down path alone and returns its
+    maps. Source: Sec. 4.2 and EfficientDet, the paper's [28].
     Paper vs code: the authors have 1x1 depthwise convolutions, plain sums, ReLU, and no pooling.
     """
 
-    def __init__(self, dim, levels=6):
+    def __init__(self, dim, levels=6, bottom_up=True):
         super().__init__()
+        inputs = [3] * (levels - 2) + [2] if bottom_up else []  # maps that a node of the bottom-up path sums
         self.top_down = nn.ModuleList(frskd.SeparableConv(dim, depth=1) for _ in range(levels - 1))
-        self.bottom_up = nn.ModuleList(frskd.SeparableConv(dim, depth=1) for _ in range(levels - 1))
+        self.bottom_up = nn.ModuleList(frskd.SeparableConv(dim, depth=1) for _ in inputs)
         self.top_down_weights = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in range(levels - 1))
-        inputs = [3] * (levels - 2) + [2]
         self.bottom_up_weights = nn.ParameterList(nn.Parameter(torch.ones(k)) for k in inputs)
 
     def forward(self, maps):
@@ -117,6 +114,8 @@ class BiFPNLayer(nn.Module):
         for i in reversed(range(n - 1)):
             both = [maps[i], frskd.upsample(top_down[i + 1], sizes[i])]
             top_down[i] = self.top_down[i](F.silu(frskd.fused_sum(self.top_down_weights[i], both)))
+        if not self.bottom_up:
+            return top_down
         bottom_up = [top_down[0]]
         for i in range(1, n):
             middle = [top_down[i]] if i < n - 1 else []
@@ -139,7 +138,8 @@ class EfficientDet(nn.Module):
     """The student: EfficientNet up to its last stage, levels P2..P7, three BiFPN layers, a head on P2.
 
     forward: (B, 3, H, W) -> logits (B, num_classes, H, W), float32; features: -> logits, feats, the 6 maps
-    (B, dim, H / 2^i, W / 2^i), i = 2..7, sizes rounded up, that the head and the self-teacher read. arch: d0 or d1.
+    (B, dim, H / 2^i, W / 2^i), i = 2..7, sizes rounded up, that the self-teacher reads, the head P2 alone. So the last
+    layer's bottom-up path learns from the self-teacher's losses, and nothing in the baseline. arch: d0 or d1.
     Paper vs code: the authors tap 80 channels for P4, leave out the swish behind the backbone's first convolution, and
     make P6 and P7 by strided convolutions, of the backbone's map and of P6.
     """
@@ -163,9 +163,10 @@ class EfficientDet(nn.Module):
             x = stage(x)
             if i in TAPS:
                 maps.append(x)
-        levels = [lateral(m) for lateral, m in zip(self.lateral, [*maps, maps[-1]])]
-        levels[4] = F.max_pool2d(levels[4], 3, stride=2, padding=1)
-        return [*levels, F.max_pool2d(levels[4], 3, stride=2, padding=1)]
+        *levels, p6 = [lateral(m) for lateral, m in zip(self.lateral, [*maps, maps[-1]])]
+        p6 = F.max_pool2d(p6, 3, stride=2, padding=1)
+        p7 = F.max_pool2d(p6, 3, stride=2, padding=1)
+        return [*levels, p6, p7]
 
     def features(self, x):
         feats = self.bifpn(self.levels(x))
@@ -176,16 +177,19 @@ class EfficientDet(nn.Module):
 
 
 class SelfTeacher(nn.Module):
-    """The self-teacher: two more BiFPN layers on the student's six maps, and a head of its own. Source: Sec. 4.2.
+    """The self-teacher: two more BiFPN layers on the student's six maps, and a head on P2. Source: Sec. 4.2.
 
     feats, 6 maps (B, dim, H_i, W_i) -> logits (B, num_classes, H_1, W_1), at the size of P2, and feats_t, 6 maps of
     the same shapes as feats.
-    Paper vs code: the second layer of the authors is a top-down path only.
+    Paper vs code: the last layer of the authors is a top-down path only, here with bottom_up=False. In a full one, the
+    paper's, no loss reaches the bottom-up path, for the head reads P2 and L_F is detached: P3..P7 are distilled from
+    convolutions as they were initialised, on trained maps.
     """
 
-    def __init__(self, dim, num_classes, layers=2):
+    def __init__(self, dim, num_classes, layers=2, bottom_up=True):
         super().__init__()
-        self.bifpn = nn.Sequential(*(BiFPNLayer(dim) for _ in range(layers)))
+        full = [BiFPNLayer(dim) for _ in range(layers - 1)]
+        self.bifpn = nn.Sequential(*full, BiFPNLayer(dim, bottom_up=bottom_up))
         self.head = segmentation_head(dim, num_classes)
 
     def forward(self, feats):
@@ -201,7 +205,7 @@ def resized(logits, size):
 # ---------------------------------------------------------------------------------------- losses and methods
 
 
-def count(labels):
+def group_totals(labels):
     """Pixels that are not void, at least one, and images of a batch, given y (b, H, W) of each of its parts -> (2,)."""
     pixels = sum((y != VOID).sum() for y in labels)
     return torch.stack([pixels.clamp_min(1), torch.full_like(pixels, sum(len(y) for y in labels))])
@@ -235,8 +239,9 @@ class SegmentationFRSKD(frskd.FRSKD):
     """Eq. 5 with every loss at each pixel; alpha and beta rise by `ramp` after a warm-up.
 
     student: an EfficientDet, teacher: a SelfTeacher on its maps. alpha, beta: 1, 50 (appendix).
-    forward: x (B, 3, H, W), y (B, H, W) class numbers or VOID, totals as `count` gives -> terms, a dict of WEIGHTED
-    scalars `ce`, `ce_t`, `kd`, `feat`, the last two after the warm-up only; logits (B, num_classes, H, W), detached.
+    forward: x (B, 3, H, W), y (B, H, W) class numbers or VOID, totals as `group_totals` gives -> terms, a dict of
+    WEIGHTED scalars `ce`, `ce_t`, `kd`, `feat`, the last two after the warm-up only; logits (B, num_classes, H, W),
+    detached.
     Every term is a sum divided by totals: `ce`, `ce_t`, `kd` by pixels, `feat`, a mean over positions, by images. So
     the terms of the parts of a batch, with the totals of the batch, add up to its terms; totals=None are those of y.
     """
@@ -244,24 +249,24 @@ class SegmentationFRSKD(frskd.FRSKD):
     def __init__(self, student, teacher, *, alpha=1.0, beta=50.0, temperature=1.0, warmup_epochs=40, ramp_epochs=20):
         super().__init__(student, teacher, alpha=alpha, beta=beta, temperature=temperature)
         self.warmup_epochs, self.ramp_epochs = warmup_epochs, ramp_epochs
-        self.register_buffer("ramp", torch.zeros(()), persistent=False)  # a tensor: compiled code reads it anew
+        self.register_buffer("share", torch.zeros(()), persistent=False)  # a tensor: compiled code reads it anew
         self.distils = False
 
     def set_epoch(self, epoch, epochs):
-        self.ramp.fill_(ramp(epoch, self.warmup_epochs, self.ramp_epochs))
+        self.share.fill_(ramp(epoch, self.warmup_epochs, self.ramp_epochs))
         self.distils = epoch >= self.warmup_epochs
 
     def forward(self, x, y, totals=None):
-        pixels, images = count([y]) if totals is None else totals
+        pixels, images = group_totals([y]) if totals is None else totals
         logits, logits_t, feats, feats_t = self.networks(x)
         logits_t = resized(logits_t, x.shape[-2:])
         terms = dict(ce=pixel_cross_entropy(logits, y, pixels), ce_t=pixel_cross_entropy(logits_t, y, pixels))
         if self.distils and self.alpha > 0:
             kd = pixel_distillation(logits, logits_t, y, pixels, self.temperature)
-            terms["kd"] = self.ramp * self.alpha * kd
+            terms["kd"] = self.share * self.alpha * kd
         if self.distils and self.beta > 0:
             feat = self.feature_loss(feats, feats_t) * len(x) / images
-            terms["feat"] = self.ramp * self.beta * feat
+            terms["feat"] = self.share * self.beta * feat
         return terms, logits.detach()
 
 
@@ -269,7 +274,7 @@ class SegmentationBaseline(frskd.Baseline):
     """Plain cross-entropy under the same protocol: no teacher, and `ce` is the only term."""
 
     def forward(self, x, y, totals=None):
-        pixels, _ = count([y]) if totals is None else totals
+        pixels, _ = group_totals([y]) if totals is None else totals
         logits = self.student(x)
         return dict(ce=pixel_cross_entropy(logits, y, pixels)), logits.detach()
 
@@ -279,10 +284,9 @@ def build_student(args, num_classes):
 
 
 def build_frskd(student, num_classes, args):
+    teacher = SelfTeacher(student.dim, num_classes, bottom_up=args.teacher == "full")
     keys = ("alpha", "beta", "temperature", "warmup_epochs", "ramp_epochs")
-    return SegmentationFRSKD(
-        student, SelfTeacher(student.dim, num_classes), **{key: getattr(args, key) for key in keys}
-    )
+    return SegmentationFRSKD(student, teacher, **{key: getattr(args, key) for key in keys})
 
 
 METHODS = {  # name -> (student, number of classes, args) -> method
@@ -319,8 +323,20 @@ def pretrain(args, method):
 # ------------------------------------------------------------------------------------- loop and evaluation
 
 
-def build_loaders(args, train=True):
-    """-> data, training loader, test loader; without `train`, the data and the test loader alone."""
+def check_batches(args):
+    if args.batch_size % args.accumulate:
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}: name both")
+    if args.image_size <= ONE_POSITION and args.batch_size == args.accumulate:
+        raise UserError(
+            f"--image-size {args.image_size} makes P7 a single position, which batch norm cannot normalise over one "
+            "image: take a larger --batch-size, a smaller --accumulate, or crops above 128 px"
+        )
+
+
+def build_loaders(args, training=True):
+    """-> data, training loader, test loader; without `training`, the data and the test loader alone."""
+    if training:
+        check_batches(args)
     loaded = data.load_masks(
         args.dataset,
         data_dir=args.data_dir,
@@ -328,7 +344,7 @@ def build_loaders(args, train=True):
         protocol=args.protocol,
         download=args.download,
     )
-    if args.protocol == "paper":
+    if loaded.leaked:
         print(
             f"seg.py: warning: {loaded.leaked} of the {len(loaded.test)} test images are also training images; "
             "--protocol clean leaves them out",
@@ -337,14 +353,20 @@ def build_loaders(args, train=True):
     options = dict(
         image_size=args.image_size,
         classes=loaded.classes,
-        batch_size=args.batch_size,
         seed=args.seed,
         stats=data.STATS["imagenet"],
         workers=args.workers,
         device=args.device,
     )
-    loaders = [data.MaskLoader(loaded.train, train=True, accumulate=args.accumulate, **options)] if train else []
-    return loaded, *loaders, data.MaskLoader(loaded.test, train=False, **options)
+    part = max(1, args.batch_size // args.accumulate)
+    test_loader = data.MaskLoader(loaded.test, train=False, batch_size=part, **options)
+    if not training:
+        return loaded, test_loader
+    return (
+        loaded,
+        data.MaskLoader(loaded.train, train=True, batch_size=args.batch_size, part=part, **options),
+        test_loader,
+    )
 
 
 def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
@@ -355,7 +377,7 @@ def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
     method.train()
     meter, autocast = train.Meter(method, epoch), train.precision(args)
     for parts in train.watched(loader.groups(epoch), len(loader), meter, args, stop):
-        totals, means = count([y for _, y in parts]), {}
+        totals, means = group_totals([y for _, y in parts]), {}
         optimizer.zero_grad()
         for x, y in parts:
             with autocast:
@@ -435,46 +457,49 @@ def draw_predictions(method, loader, loaded, path, images=4, side=128):
         labels = [F.interpolate(m[None, None].cpu().float(), size)[0, 0].long() for m in labels]
         rows.append((image, labels))
 
-    margin, header, gap = 110, 24, 4
+    margin, header, gap, line = 110, 24, 4, 14
     titles = ["image", "ground truth", "student", "self-teacher"][: 1 + len(rows[0][1])]
     step = max(image.shape[2] for image, _ in rows) + gap
-    picture = Image.new("RGB", (margin + len(titles) * step, header + len(rows) * (side + gap)), "white")
+    legends = [[c for c in labels[0].unique().tolist() if c != VOID] for _, labels in rows]
+    heights = [max(side, line * len(legend)) + gap for legend in legends]
+    picture = Image.new("RGB", (margin + len(titles) * step, header + sum(heights)), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     for k, title in enumerate(titles):
         draw.text((margin + k * step, 5), title, "black", font)
     colors = voc_palette(len(loaded.classes)) + [(255, 255, 255)]
     numbers = torch.tensor([*range(len(loaded.classes)), VOID]).view(-1, 1, 1)
-    for n, (image, labels) in enumerate(rows):
-        top = header + n * (side + gap)
-        for line, c in enumerate(c for c in labels[0].unique().tolist() if c != VOID):
-            draw.rectangle((4, top + 14 * line + 3, 12, top + 14 * line + 11), colors[c], "black")
-            draw.text((17, top + 14 * line), loaded.classes[c], "black", font)
+    top = header
+    for (image, labels), legend, height in zip(rows, legends, heights):
+        for n, c in enumerate(legend):
+            draw.rectangle((4, top + line * n + 3, 12, top + line * n + 11), colors[c], "black")
+            draw.text((17, top + line * n), loaded.classes[c], "black", font)
         tiles = [image, *(draw_segmentation_masks(image, m == numbers, alpha=0.75, colors=colors) for m in labels)]
         for k, tile in enumerate(tiles):
             picture.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), (margin + k * step, top))
+        top += height
     train.write_atomically(path, lambda file: picture.save(file, format="png"))
 
 
 def print_cost(task, _):
-    """Parameters and FLOPs of students and self-teachers, one image of 512x512, 21 classes, as a markdown table."""
+    """Parameters and FLOPs of students and self-teachers, as a markdown table."""
     print(
-        "One image of 512x512, 21 classes; a FLOP is a multiply-add; share: teacher of both, thrown away at the end\n"
+        "One image of 512x512, 21 classes; a FLOP is a multiply-add. Share: of the self-teacher, which is thrown away,"
     )
-    columns = [f"{what} {unit}" for what in ("student", "self-teacher") for unit in ("parameters / M", "FLOPs / G")] + [
-        "share of parameters",
-        "share of FLOPs",
+    print("in both networks together; its logits are left at the size of P2.\n")
+    columns = [
+        f"{network} {unit}" for network in ("student", "self-teacher") for unit in ("parameters / M", "FLOPs / G")
     ]
     rows = {}
     for arch, (backbone, dim) in BACKBONES.items():
         student, x = EfficientDet(arch, 21).eval(), torch.zeros(1, 3, 512, 512)
         with torch.no_grad():
             feats = student.features(x)[1]
-        costs, costs_t = frskd.cost(student, x), frskd.cost(SelfTeacher(dim, 21), feats)
-        shares = [f"{100 * t / (s + t):.1f} %" for s, t in zip(costs, costs_t)]
-        rows[f"{arch} ({backbone})"] = [
-            f"{value / unit:.3f}" for pair in (costs, costs_t) for value, unit in zip(pair, (1e6, 1e9))
-        ] + shares
-    train.print_rows("network", columns, rows)
+        params, flops = frskd.cost(student, x)
+        params_t, flops_t = frskd.cost(SelfTeacher(dim, 21), feats)
+        cells = [f"{value:.3f}" for value in (params / 1e6, flops / 1e9, params_t / 1e6, flops_t / 1e9)]
+        shares = [f"{100 * t / (s + t):.1f} %" for s, t in ((params, params_t), (flops, flops_t))]
+        rows[f"{arch} ({backbone})"] = cells + shares
+    train.print_rows("network", [*columns, "share of parameters", "share of FLOPs"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------- parser
@@ -494,8 +519,8 @@ def parser():
     g.add_argument("--data-dir", metavar="DIR", help="the folder that holds VOCdevkit/ (default data)")
     g.add_argument("--download", action="store_true", default=None, help="fetch the archives of voc where they are "
                    "missing")
-    g.add_argument("--protocol", choices=["clean", "paper"], help="clean: train on no test image; paper: on VOC2012's "
-                   "whole list, which holds every test image (default clean; Sec. 4.2 is paper)")
+    g.add_argument("--protocol", choices=["clean", "paper"], help="clean: leave out of VOC2012 what VOC2007 holds, "
+                   "every test image among it; paper: train on the whole list (default clean; Sec. 4.2 is paper)")
     g.add_argument("--image-size", type=at_least(64), metavar="PX", help="side of the training crops and of the "
                    f"evaluation in pixels (default {recipe_values('image_size')}; 512 is the authors')")
 
@@ -508,12 +533,14 @@ def parser():
 
     g = p.add_argument_group("method")
     g.add_argument("--method", choices=list(METHODS), help="baseline is plain cross-entropy (default frskd)")
+    g.add_argument("--teacher", choices=["full", "top-down"], help="full: two BiFPN layers, the second one's bottom-up "
+                   "path untrained; top-down: the second is without, as the authors' (default full; Sec. 4.2)")
     g.add_argument("--alpha", type=not_negative, help="weight of the soft-label loss L_KD; larger trusts the "
                    "self-teacher more, 0 is without (default 1; appendix)")
     g.add_argument("--beta", type=not_negative, help="weight of the feature loss L_F; 0 is without (default 50; "
                    "appendix)")
     g.add_argument("--temperature", type=positive, help="K of L_KD; larger softens both distributions (default 1, the "
-                   "authors' code; Sec. 4.1 has 4 for classification)")
+                   "authors' code; Sec. 4.1 has 4)")
     g.add_argument("--warmup-epochs", type=at_least(0), metavar="N", help="alpha and beta are zero for so long "
                    "(default 2/3 of --epochs, 40 of 60; appendix)")
     g.add_argument("--ramp-epochs", type=at_least(1), metavar="N", help="and then rise for so long (default the rest "
@@ -525,7 +552,7 @@ def parser():
                    "rate falls to a tenth; none is constant (default 2/3 of --epochs, 40 of 60; Sec. 4.2)")
     g.add_argument("--batch-size", type=at_least(1), help=f"images an update (default "
                    f"{recipe_values('batch_size')}; the authors' 2 x 16, shapes ours)")
-    g.add_argument("--accumulate", type=at_least(1), metavar="N", help="a batch passes in N parts, one after the "
+    g.add_argument("--accumulate", type=at_least(1), metavar="N", help="a batch passes in N equal parts, one after the "
                    "other: less memory, the same gradient but for batch norm (default "
                    f"{recipe_values('accumulate')}; the authors' code)")
     g.add_argument("--clip-value", type=positive, metavar="X", help="clip each element of the gradient to -X..X "

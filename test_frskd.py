@@ -2227,7 +2227,7 @@ VOID_CASE = (  # two pixels with the logits of the hand-worked soft-label loss, 
 def test_pixel_losses_by_hand():
     """Void pixels are in no loss; the others are averaged: KL at temperature 1 as for two images, 0.791184."""
     logits, logits_t, y = VOID_CASE
-    pixels, images = seg.count([y])
+    pixels, images = seg.group_totals([y])
     assert (pixels, images) == (2, 1)
     assert seg.pixel_distillation(logits, logits_t, y, pixels, 1.0).item() == pytest.approx(0.791184, abs=1e-6)
     expected = (math.log(1 + math.e + 1 / math.e) + math.log(math.exp(2) + 2)) / 2  # labels with logit 0
@@ -2243,7 +2243,7 @@ def test_void_pixels_get_no_gradient():
 
 def test_masks_that_are_all_void_give_zero_not_nan():
     y = torch.full((1, 1, 3), 255)
-    assert seg.pixel_cross_entropy(VOID_CASE[0], y, seg.count([y])[0]) == 0
+    assert seg.pixel_cross_entropy(VOID_CASE[0], y, seg.group_totals([y])[0]) == 0
 
 
 @pytest.mark.parametrize("epoch, value", [(0, 0), (39, 0), (40, 0.01097), (49, 0.2865), (59, 1), (80, 1)])
@@ -2253,7 +2253,7 @@ def test_alpha_and_beta_rise_after_the_warm_up(epoch, value):
 
 
 class Pixels(nn.Module):
-    """A student without batch norm: 3 -> 4 channels at stride 4, six levels by pooling, logits at stride 4."""
+    """A student without batch norm: 3 -> 4 channels at stride 4, six levels by pooling, the deepest 2x2."""
 
     dim = 4
 
@@ -2263,7 +2263,7 @@ class Pixels(nn.Module):
 
     def features(self, x):
         feats = [F.silu(self.conv(x.to(self.conv.weight.dtype)))]
-        feats += [F.avg_pool2d(feats[0], 2**i) for i in range(1, 5)] + [feats[0].mean((2, 3), keepdim=True)]
+        feats += [F.adaptive_avg_pool2d(feats[0], size) for size in (8, 6, 4, 3, 2)]
         return F.interpolate(self.head(feats[0]), x.shape[-2:]), feats
 
     def forward(self, x):
@@ -2293,6 +2293,7 @@ def test_terms_of_segmentation_are_weighted_and_ramped():
     logits_t = F.interpolate(logits_t, (64, 64), mode="bilinear")
     rows, rows_t = (z.permute(0, 2, 3, 1)[y != 255] for z in (logits, logits_t))
     share = math.exp(-5 / 4)
+    assert all(frskd.attention_transfer([f], [t]) > 0 for f, t in zip(feats, feats_t)) and len(feats) == 6
     expected = dict(
         ce=F.cross_entropy(logits, y, ignore_index=255),
         ce_t=F.cross_entropy(logits_t, y, ignore_index=255),
@@ -2309,13 +2310,44 @@ def test_terms_of_segmentation_are_weighted_and_ramped():
 
 
 def test_distillation_of_segmentation_updates_the_student_only():
-    """All six levels and the soft labels reach the student; the teacher's cross-entropy reaches both."""
+    """And the teacher's cross-entropy trains the student's maps."""
     method, x, y = pixel_method(), torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
     for name in ("kd", "feat"):
-        assert all(p.startswith("student") for p in gradients(method, method(x, y)[0][name]))
+        reached = gradients(method, method(x, y)[0][name])
+        assert reached and all(p.startswith("student") for p in reached)
     reached = gradients(method, method(x, y)[0]["ce_t"])
     assert "student.conv.weight" in reached and "student.head.weight" not in reached
     assert {f"teacher.head.{name}" for name, _ in method.teacher.head.named_parameters()} <= reached
+
+
+@pytest.mark.parametrize("bottom_up", [True, False])
+def test_what_the_losses_of_segmentation_do_not_train(bottom_up):
+    """The heads read P2 alone: in the baseline the last bottom-up path is not trained, in FRSKD the teacher's last."""
+    student, x, y = seg.EfficientDet("d0", 3), torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
+
+    def untrained(method):
+        method.zero_grad(set_to_none=True)
+        sum(method(x, y)[0].values()).backward()
+        return {name for name, p in method.named_parameters() if p.grad is None}
+
+    def last_path(module):
+        return {name for name, _ in module.named_parameters() if name.startswith("bottom_up")}
+
+    student_path = {f"student.bifpn.2.{name}" for name in last_path(student.bifpn[2])}
+    assert untrained(seg.SegmentationBaseline(student)) == student_path
+    teacher = seg.SelfTeacher(64, 3, bottom_up=bottom_up)
+    method = seg.SegmentationFRSKD(student, teacher, warmup_epochs=0, ramp_epochs=1)
+    method.set_epoch(0, 1)
+    assert untrained(method) == {f"teacher.bifpn.1.{name}" for name in last_path(teacher.bifpn[1])}
+    assert len(last_path(teacher.bifpn[1])) == 25 * bottom_up and len(student_path) == 25
+
+
+def test_a_top_down_path_alone_is_the_first_half_of_a_layer():
+    layer, half = seg.BiFPNLayer(4, levels=3).eval(), seg.BiFPNLayer(4, levels=3, bottom_up=False).eval()
+    half.load_state_dict({k: v for k, v in layer.state_dict().items() if k.startswith("top_down")})
+    maps = [torch.randn(1, 4, s, s) for s in (12, 6, 3)]
+    assert_close(half(maps)[0], layer(maps)[0])
+    assert half(maps)[2] is maps[2]
 
 
 @pytest.mark.parametrize("parts", [[16, 16], [20, 7, 5]])
@@ -2329,7 +2361,7 @@ def test_gradient_of_the_parts_is_that_of_the_batch(parts):
     def batch_gradients(sizes):
         method.zero_grad()
         groups = list(zip(x.split(sizes), y.split(sizes)))
-        totals = seg.count([labels for _, labels in groups])
+        totals = seg.group_totals([labels for _, labels in groups])
         for images, labels in groups:
             sum(method(images, labels, totals)[0].values()).backward()
         return [p.grad.clone() for p in method.parameters() if p.grad is not None]
@@ -2351,6 +2383,13 @@ def test_intersection_over_union_by_hand():
     student, loader = Answers(predicted), Masks(mask)
     metrics = seg.evaluate(student, loader, torch.autocast("cpu", enabled=False))
     assert metrics == dict(miou=pytest.approx(55), iou=dict(a=50, b=60, c=None))
+
+
+def test_logits_are_brought_to_the_masks_size_by_bilinear_interpolation():
+    """Of two positions to four: 1, 3/4, 1/4, 0 against 0, 1/4, 3/4, 1 and 4/5 everywhere: classes 0, 2, 2, 1."""
+    student, mask = Answers(torch.zeros(1, 2, dtype=torch.long)), torch.tensor([[0, 2, 2, 1]])
+    student.logits = torch.tensor([[1.0, 0], [0, 1], [0.8, 0.8]]).view(1, 3, 1, 2)
+    assert seg.evaluate(student, Masks(mask), torch.autocast("cpu", enabled=False))["miou"] == 100
 
 
 class Answers(nn.Module):
@@ -2434,12 +2473,12 @@ def test_a_batch_passes_in_parts_and_none_has_a_single_image():
         torch.zeros(41, 64, 64, 3, dtype=torch.uint8),
         torch.arange(41).byte().view(-1, 1, 1).repeat(1, 64, 64),
     )
-    loader = mask_loader(images, masks % 3, batch_size=20, accumulate=3)
-    assert [[len(x) for x, _ in parts] for parts in loader.groups(0)] == [[7, 7, 6], [7, 7, 7]]
+    loader = mask_loader(images, masks % 3, batch_size=20, part=10)
+    assert [[len(x) for x, _ in parts] for parts in loader.groups(0)] == [[10, 10], [10, 11]]
     order = [i for batch in loader.batches(0) for i in batch.tolist()]
     assert sorted(order) == list(range(41)) and loader.batches(1)[0].tolist() != order[:20]
     x, y = next(loader.groups(0))[0]
-    assert x.shape == (7, 3, 64, 64) and y.shape == (7, 64, 64) and y.dtype == torch.int64
+    assert x.shape == (10, 3, 64, 64) and y.shape == (10, 64, 64) and y.dtype == torch.int64
 
 
 def test_masks_are_evaluated_at_their_own_size():
@@ -2455,10 +2494,11 @@ def test_masks_are_evaluated_at_their_own_size():
 
 
 def voc_tree(root):
-    """A tiny VOCdevkit of 80x72 px: 4 + 9 training and 3 test images; VOC2012 has one of each once more."""
+    """A tiny VOCdevkit of 80x72 px: 4 + 11 training and 3 test images; VOC2012 has some of VOC2007 once more."""
     lists = {
         ("VOC2007", "trainval"): ["000032", "000039", "000063", "000068"],
-        ("VOC2012", "trainval"): [f"2008_00{i:04}" for i in range(7)] + ["2007_000032", "2007_000121"],
+        ("VOC2012", "trainval"): [f"2008_00{i:04}" for i in range(7)]
+        + ["2007_009999", "2007_000032", "2007_000121", "000175"],
         ("VOC2007", "test"): ["000121", "000175", "000243"],
     }
     palette = [value for color in seg.voc_palette(256) for value in color]
@@ -2485,12 +2525,13 @@ def ids(split):
 
 
 def test_clean_drops_every_image_of_voc2012_that_voc2007_holds(tmp_path):
-    """By the id without 2007_ before it: one of the trainval list, one of the test list; nothing else."""
+    """By the id without 2007_ before it: of the trainval list or of the test list; nothing else."""
     loaded = data.load_masks("voc", data_dir=voc_tree(tmp_path))
-    kept = ["000032", "000039", "000063", "000068"] + [f"2008_00{i:04}" for i in range(7)]
+    kept = ["000032", "000039", "000063", "000068", *(f"2008_00{i:04}" for i in range(7)), "2007_009999"]
     assert ids(loaded.train) == kept and ids(loaded.test) == ["000121", "000175", "000243"] and loaded.leaked == 0
     published = data.load_masks("voc", data_dir=tmp_path / "VOCdevkit", protocol="paper")
-    assert ids(published.train) == kept + ["2007_000032", "2007_000121"] and published.leaked == 1
+    assert ids(published.train) == kept + ["2007_000032", "2007_000121", "000175"]
+    assert published.leaked == 2
     assert [Path(mask).stem for mask in published.train.labels] == ids(published.train)
     assert len(loaded.classes) == 21 and loaded.classes[1] == "aeroplane" and loaded.classes[20] == "tvmonitor"
 
@@ -2507,7 +2548,11 @@ def test_both_protocols_have_the_published_sizes(tmp_path, monkeypatch):
 
 
 def test_masks_with_a_palette_are_read_as_class_numbers(tmp_path):
-    loaded = data.load_masks("voc", data_dir=voc_tree(tmp_path))
+    voc_tree(tmp_path)
+    with (tmp_path / "VOCdevkit/VOC2007/ImageSets/Segmentation/test.txt").open("a") as file:
+        file.write("\r\n\r\n")  # empty lines count for nothing
+    loaded = data.load_masks("voc", data_dir=tmp_path)
+    assert len(loaded.test) == 3
     mask = data.read_mask(loaded.train.labels[0], 21)
     assert mask.shape == (72, 80) and mask.dtype == torch.uint8 and set(mask.unique().tolist()) == {0, 2, 255}
 
@@ -2554,7 +2599,8 @@ def test_recipe_of_segmentation_is_that_of_section_4_2_and_the_appendix():
         ("--dataset voc --alpha 1 --beta 50 --warmup-epochs 40 --ramp-epochs 20", "frskd"),
         ("--dataset voc --method baseline --protocol paper", "baseline-paper"),
         ("--dataset voc --beta 0 --weights none", "frskd-nofeat-scratch"),
-        ("--dataset voc --weights a/b.pth --temperature 4", "frskd-a_b_pth-t4"),
+        ("--dataset voc --teacher top-down --protocol paper", "frskd-top-down-paper"),
+        ("--dataset voc --weights a/b.pth --temperature 4", "frskd-b-t4"),
         ("--dataset voc --epochs 30 --accumulate 1 --clip-value 2", "frskd-acc1-clip2-e30"),
         ("--dataset voc --epochs 30 --warmup-epochs 10 --image-size 128", "frskd-wu10-px128-e30"),
         ("--ramp-epochs 2 --amp --weights none", "frskd-ramp2-amp"),
@@ -2575,7 +2621,7 @@ def test_a_run_of_segmentation_leaves_its_files_and_logs_every_key(seg_run):
     assert log_of(seg_run)[-1]["miou"] == pytest.approx(sum(known) / len(known))
     args = json.loads((seg_run / "args.json").read_text())
     assert args["name"] == "frskd-scratch-bs6-px64-e3" and args["command"].startswith("python seg.py --dataset voc")
-    assert (args["train_images"], args["test_images"], args["test_images_in_training"]) == (11, 3, 0)
+    assert (args["train_images"], args["test_images"], args["test_images_in_training"]) == (12, 3, 0)
 
 
 def test_the_last_line_of_segmentation_is_the_result(voc, tmp_path, capsys):
@@ -2584,12 +2630,12 @@ def test_the_last_line_of_segmentation_is_the_result(voc, tmp_path, capsys):
     out, err = capsys.readouterr()
     pattern = r"voc d0 baseline-paper-scratch-bs6-px64-e1 seed 0: mIoU (\S+) \(last epoch; best \1 at epoch 1\)"
     assert re.fullmatch(pattern, out.splitlines()[-1])
-    assert "seg.py: warning: 1 of the 3 test images are also training images" in err
-    assert json.loads((tmp_path / "args.json").read_text())["test_images_in_training"] == 1
+    assert "seg.py: warning: 2 of the 3 test images are also training images" in err
+    assert json.loads((tmp_path / "args.json").read_text())["test_images_in_training"] == 2
 
 
 def test_predictions_png_shows_image_truth_student_and_teacher(seg_run, voc):
-    picture = Image.open(seg_run / "predictions.png")
+    picture = Image.open(seg_run / "predictions.png")  # of one or two classes each
     width = round(128 * 80 / 72)
     assert picture.size == (110 + 4 * (width + 4), 24 + 3 * 132)
     net = seg.EfficientDet("d0", 21).eval()
@@ -2608,6 +2654,14 @@ def test_predictions_png_shows_image_truth_student_and_teacher(seg_run, voc):
         rows, columns = (torch.arange(0, side, 32) * full // side for side, full in ((128, 72), (width, 80)))
         expected = colors[labels[rows][:, columns]].float()
         assert ((tile - 0.75 * expected).clamp(0, 64) - (tile - 0.75 * expected)).abs().max() <= 1  # the rest: image
+
+
+def test_predictions_png_has_room_for_every_class_of_a_mask(tmp_path):
+    masks = torch.arange(16).byte().view(1, 16, 1).repeat(2, 1, 16)
+    loader = mask_loader(torch.zeros(2, 16, 16, 3, dtype=torch.uint8), masks, classes=16, train=False)
+    method, split = seg.SegmentationBaseline(Pixels()), loader.split
+    seg.draw_predictions(method, loader, data.Data(split, split, loader.classes), tmp_path / "p.png")
+    assert Image.open(tmp_path / "p.png").height == 24 + 2 * (16 * 14 + 4)
 
 
 def test_student_of_segmentation_loads_without_the_teacher(seg_run):
@@ -2661,17 +2715,17 @@ def test_seg_and_train_tell_their_runs_apart(run, seg_run, tmp_path, capsys):
 
 def test_compiled_segmentation_gives_the_same_terms_and_compiles_once_for_all_of_the_ramp():
     method, x, y = pixel_method(torch.float32), torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
-    compilations, totals = [], seg.count([y])
+    compilations, totals = [], seg.group_totals([y])
 
     def backend(graph, _):
         compilations.append(graph)
         return graph.forward
 
     compiled = torch.compile(method, backend=backend)
-    for epoch in (1, 2, 3):
+    for epoch in range(4):
         method.set_epoch(epoch, 4)
         assert_close(compiled(x, y, totals)[0], method(x, y, totals)[0])
-        assert len(compilations) == 1
+        assert len(compilations) == (1 if epoch == 0 else 2)  # without distillation, with it
 
 
 def test_segmentation_trains_compiled(seg_run, voc, tmp_path):
@@ -2700,11 +2754,11 @@ class Recorded(torch.optim.SGD):
         super().step()
 
 
-def one_epoch(accumulate, clip_value=None):
+def one_epoch(part, clip_value=None):
     method, g = pixel_method(), torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, 64, 64, 3), dtype=torch.uint8, generator=g)
     masks = torch.randint(3, (40, 64, 64), dtype=torch.uint8, generator=g)
-    loader = mask_loader(images, masks, batch_size=32, accumulate=accumulate)
+    loader = mask_loader(images, masks, batch_size=32, part=part)
     optimizer = Recorded(method.parameters(), 0.1)
     args = SimpleNamespace(**vars(ON_CPU) | dict(clip_value=clip_value))
     with train.StopOnSignal() as stop:
@@ -2714,7 +2768,7 @@ def one_epoch(accumulate, clip_value=None):
 
 def test_an_epoch_in_parts_is_the_epoch_in_batches():
     """Two updates, of 32 and of 8 images: same logged terms, same weights, without batch norm."""
-    (means, optimizer, parameters), (means2, optimizer2, parameters2) = one_epoch(1), one_epoch(3)
+    (means, optimizer, parameters), (means2, optimizer2, parameters2) = one_epoch(32), one_epoch(11)
     assert optimizer.steps == optimizer2.steps == 2
     assert means2 == pytest.approx(means, rel=1e-9)
     assert_close(parameters2, parameters, rtol=1e-9, atol=1e-12)
@@ -2722,8 +2776,16 @@ def test_an_epoch_in_parts_is_the_epoch_in_batches():
 
 def test_gradients_are_clipped_by_value():
     """The authors' element-wise clip."""
-    largest = [max(g.abs().max() for g in one_epoch(1, clip)[1].last) for clip in (None, 1e-3)]
+    largest = [max(g.abs().max() for g in one_epoch(32, clip)[1].last) for clip in (None, 1e-3)]
     assert largest[0] > largest[1] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("options", ["--arch d1 --accumulate 3 --clip-value 2", "--teacher top-down --warmup-epochs 0"])
+def test_variants_of_segmentation_train(voc, tmp_path, options):
+    more = "--epochs 1 --overwrite --output".split()
+    assert seg_main(TINY_SEG, "--data-dir", voc, options.split(), more, tmp_path) == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["method"]
+    assert any(name.startswith("teacher.bifpn.1.bottom_up") for name in state) == ("top-down" not in options)
 
 
 def test_segmentation_starts_from_torchvisions_weights(tmp_path):
@@ -2758,50 +2820,46 @@ def test_cost_prints_what_the_teacher_adds(capsys):
         assert cells[6] == f"{100 * flops_t / (flops + flops_t):.1f} %" and flops > flops_t > 1
 
 
-def seg_change(name):
-    """Ways to break a VOC tree: {what: (change, what the one line says)}."""
-    return {
-        "a list": (
-            lambda v: (v / "VOC2012/ImageSets/Segmentation/trainval.txt").unlink(),
-            "VOCtrainval_11-May-2012.tar",
-        ),
-        "the test archive": (lambda v: (v / "VOC2007/ImageSets/Segmentation/test.txt").unlink(), "VOCtest_06-Nov-2007"),
-        "a year": (lambda v: shutil.rmtree(v / "VOC2007"), "VOCtrainval_06-Nov-2007.tar"),
-        "an image": (lambda v: (v / "VOC2012/JPEGImages/2008_000002.jpg").unlink(), "1 images and masks of"),
-        "a mask": (lambda v: (v / "VOC2007/SegmentationClass/000175.png").unlink(), "000175.png"),
-        "an empty list": (lambda v: write(v / "VOC2007/ImageSets/Segmentation/test.txt", ""), "names no image"),
-        "a mask of another size": (
-            lambda v: Image.new("P", (80, 70)).save(v / "VOC2007/SegmentationClass/000032.png"),
-            "000032.png: the mask has 80x70 pixels, its image 80x72",
-        ),
-        "a label": (
-            lambda v: Image.new("L", (80, 72), 21).save(v / "VOC2007/SegmentationClass/000032.png"),
-            "000032.png: the label 21 is neither a class, 0 to 20, nor void, 255",
-        ),
-        "a coloured mask": (
-            lambda v: Image.new("RGB", (80, 72)).save(v / "VOC2007/SegmentationClass/000121.png"),
-            "000121.png: not a readable mask (mode RGB",
-        ),
-        "a torn image": (
-            lambda v: (v / "VOC2007/JPEGImages/000032.jpg").write_bytes(b"\xff\xd8\xff"),
-            "000032.jpg: not a readable image",
-        ),
-        "test masks all void": (
-            lambda v: [
-                Image.new("L", (80, 72), 255).save(p) for p in (v / "VOC2007/SegmentationClass").glob("000[12]*")
-            ],
-            "every pixel of the test masks is void",
-        ),
-    }[name]
+BROKEN_VOC = {  # what is broken: (how, what the one line says)
+    "a list": (
+        lambda v: (v / "VOC2012/ImageSets/Segmentation/trainval.txt").unlink(),
+        "VOCtrainval_11-May-2012.tar",
+    ),
+    "the test archive": (lambda v: (v / "VOC2007/ImageSets/Segmentation/test.txt").unlink(), "VOCtest_06-Nov-2007"),
+    "a year": (lambda v: shutil.rmtree(v / "VOC2007"), "VOCtrainval_06-Nov-2007.tar"),
+    "an image": (lambda v: (v / "VOC2012/JPEGImages/2008_000002.jpg").unlink(), "1 images and masks of"),
+    "a mask": (lambda v: (v / "VOC2007/SegmentationClass/000175.png").unlink(), "000175.png"),
+    "a binary list": (
+        lambda v: (v / "VOC2007/ImageSets/Segmentation/test.txt").write_bytes(b"\xff\xfe\x00"),
+        "test.txt is not a text file",
+    ),
+    "an empty list": (lambda v: write(v / "VOC2007/ImageSets/Segmentation/test.txt", ""), "names no image"),
+    "a mask of another size": (
+        lambda v: Image.new("P", (80, 70)).save(v / "VOC2007/SegmentationClass/000032.png"),
+        "000032.png: the mask has 80x70 pixels, its image 80x72",
+    ),
+    "a label": (
+        lambda v: Image.new("L", (80, 72), 21).save(v / "VOC2007/SegmentationClass/000032.png"),
+        "000032.png: the label 21 is neither a class, 0 to 20, nor void, 255",
+    ),
+    "a coloured mask": (
+        lambda v: Image.new("RGB", (80, 72)).save(v / "VOC2007/SegmentationClass/000121.png"),
+        "000121.png: not a readable mask (mode RGB",
+    ),
+    "a torn image": (
+        lambda v: (v / "VOC2007/JPEGImages/000032.jpg").write_bytes(b"\xff\xd8\xff"),
+        "000032.jpg: not a readable image",
+    ),
+    "test masks all void": (
+        lambda v: [Image.new("L", (80, 72), 255).save(p) for p in (v / "VOC2007/SegmentationClass").glob("000[12]*")],
+        "every pixel of the test masks is void",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a list", "the test archive", "a year", "an image", "a mask", "an empty list", "a mask of another size", "a label",
-     "a coloured mask", "a torn image", "test masks all void"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", BROKEN_VOC)
 def test_a_broken_voc_gets_one_line(tmp_path, capsys, name):
-    change, message = seg_change(name)
+    change, message = BROKEN_VOC[name]
     voc_tree(tmp_path)
     change(tmp_path / "VOCdevkit")
     options = ["--method", "baseline", "--epochs", 1, "--output", tmp_path / "run"]
@@ -2814,7 +2872,7 @@ def test_a_broken_voc_gets_one_line(tmp_path, capsys, name):
         ("--image-size 63", "argument --image-size: '63' is not a whole number of at least 64"),
         ("--batch-size 1", "--image-size 64 makes P7 a single position"),
         ("--batch-size 4 --accumulate 4", "--image-size 64 makes P7 a single position"),
-        ("--batch-size 4 --accumulate 5", "--accumulate 5: more parts than the images of a batch, 4"),
+        ("--batch-size 4 --accumulate 5", "--batch-size 4 is no multiple of --accumulate 5"),
         ("--warmup-epochs 9", "--warmup-epochs 9: distillation would never start"),
         ("--method baseline --beta 5", "--beta has no effect with --method baseline"),
         ("--method baseline --warmup-epochs 5", "--warmup-epochs has no effect with --method baseline"),
@@ -2822,30 +2880,35 @@ def test_a_broken_voc_gets_one_line(tmp_path, capsys, name):
         ("--data-dir x", "--data-dir has no effect with --dataset shapes"),
         ("--arch d2", "argument --arch: invalid choice: 'd2'"),
         ("--dataset voc --data-dir /nowhere", "VOC2007/ImageSets/Segmentation/trainval.txt is missing; fetch"),
-        ("--weights /nowhere", "no such file: /nowhere"),
         ("--cost --arch d1", "--cost goes without any other option"),
         ("--predictions 99", "--predictions 99 is after the last of"),
-        ("--batch-size 4000", "--batch-size 4000 is larger than the training set of 1600 images"),
     ],
 )
 def test_a_users_mistake_in_segmentation_gets_one_line(capsys, options, message):
     assert message in refused(capsys, options.split(), script=seg)
 
 
-def test_weights_that_do_not_fit_are_refused(seg_run, tmp_path, monkeypatch, capsys):
+def test_a_batch_larger_than_the_training_set_is_refused(voc, capsys):
+    message = refused(capsys, TINY_SEG, "--data-dir", voc, "--batch-size", 13, script=seg)
+    assert "--batch-size 13 is larger than the training set of 12 images" in message
+
+
+def test_weights_that_do_not_fit_are_refused(voc, seg_run, tmp_path, monkeypatch, capsys):
     """Another architecture's, no state_dict at all, a run's own student; and torchvision's, without a network."""
     torch.save(torchvision.models.efficientnet_b1().state_dict(), tmp_path / "b1.pth")
     torch.save([1], tmp_path / "list.pth")
+    options = [*TINY_SEG, "--data-dir", voc, "--output", tmp_path / "run", "--weights"]
     for file in (tmp_path / "b1.pth", tmp_path / "list.pth", seg_run / "student.pt"):
-        message = refused(capsys, "--weights", file, "--output", tmp_path / "run", script=seg)
+        message = refused(capsys, options, file, script=seg)
         assert f"{file} is not a state_dict of torchvision's efficientnet_b0, the backbone of d0" in message
 
     def unreachable(*_, **__):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(torchvision.models.EfficientNet_B0_Weights, "get_state_dict", unreachable)
-    message = refused(capsys, "--weights", "imagenet", "--output", tmp_path / "run", script=seg)
+    message = refused(capsys, options, "imagenet", script=seg)
     assert "cannot fetch https://download.pytorch.org/models/efficientnet_b0" in message and "no network;" in message
+    assert "no such file: /nowhere" in refused(capsys, options, "/nowhere", script=seg)
     assert not (tmp_path / "run").exists()
 
 

@@ -227,15 +227,15 @@ def build_method(task, args, num_classes):
     return method.to(args.device, memory_format=torch.channels_last)
 
 
-def build_loaders(args, train=True):
-    """-> data, training loader, test loader; without `train`, the data and the test loader alone."""
+def build_loaders(args, training=True):
+    """-> data, training loader, test loader; without `training`, the data and the test loader alone."""
     loaded = data.load(
         args.dataset,
         data_dir=args.data_dir,
         image_size=args.image_size,
-        per_class=args.per_class if train else None,
+        per_class=args.per_class if training else None,
         download=args.download,
-        decoded=("train", "test") if train else ("test",),
+        decoded=("train", "test") if training else ("test",),
     )
     options = dict(
         batch_size=args.batch_size,
@@ -250,7 +250,7 @@ def build_loaders(args, train=True):
         mix = v2.MixUp(alpha=args.mixup, num_classes=len(loaded.classes))
     elif args.cutmix:
         mix = v2.CutMix(alpha=args.cutmix, num_classes=len(loaded.classes))
-    loaders = [data.make_loader(loaded.train, train=True, mix=mix, **options)] if train else []
+    loaders = [data.make_loader(loaded.train, train=True, mix=mix, **options)] if training else []
     return loaded, *loaders, data.make_loader(loaded.test, train=False, **options)
 
 
@@ -273,7 +273,7 @@ class Task:
     resolve: Callable  # given -> args, all but script, name and the default of output
     run_name: Callable  # args -> the name of the run
     schedule: Callable  # args -> the keys whose defaults follow from --epochs
-    build_loaders: Callable  # (args, train=True) -> data, training loader if `train`, test loader
+    build_loaders: Callable  # (args, training=True) -> data, training loader if `training`, test loader
     build_student: Callable  # (args, num_classes) -> student
     methods: dict  # name -> (student, num_classes, args) -> method
     pretrain: Callable  # (args, method): loads the weights that a fresh run starts from
@@ -890,8 +890,8 @@ def add_run_options(p, picture):
     """The options of a run that every task has; `picture` is the one that draws. -> the last group, to be added to."""
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=at_least(0), help="of initialisation, order and augmentation (default 0)")
-    g.add_argument("--workers", type=at_least(0), help="processes that decode and augment images, of train.py those "
-                   "above 64 px; changes no number (default 2)")
+    g.add_argument("--workers", type=at_least(0), help="processes that decode and augment images, where these do "
+                   "not live on the device; changes no number (default 2)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     g.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast; the losses stay in float32")
     g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
@@ -1052,7 +1052,7 @@ def run_eval(task, given):
         task.check_options(given)
         args, name = task.resolve(given), path.name
     check_values(task, args)
-    loaded, loader = task.build_loaders(args, train=False)
+    loaded, loader = task.build_loaders(args, training=False)
     if not whole:
         args.method = "baseline"  # only the plain network is in the file
     method = build_method(task, args, len(loaded.classes))
