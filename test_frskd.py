@@ -1680,7 +1680,8 @@ def interrupted(capsys, folder, after, signum, *argv, script=train):
 
 
 def same_run(a, b):
-    return numbers(a) == numbers(b) and all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+    ours, theirs = weights(a), weights(b)
+    return numbers(a) == numbers(b) and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_interrupted_after_each_epoch_and_resumed_a_run_ends_the_same(tmp_path, capsys):
@@ -2889,8 +2890,8 @@ def test_a_users_mistake_in_segmentation_gets_one_line(capsys, options, message)
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(voc, capsys):
-    message = refused(capsys, TINY_SEG, "--data-dir", voc, "--batch-size", 13, script=seg)
-    assert "--batch-size 13 is larger than the training set of 12 images" in message
+    message = refused(capsys, TINY_SEG, "--data-dir", voc, "--batch-size", 14, script=seg)
+    assert "--batch-size 14 is larger than the training set of 12 images" in message
 
 
 def test_weights_that_do_not_fit_are_refused(voc, seg_run, tmp_path, monkeypatch, capsys):
