@@ -115,7 +115,7 @@ def resolve(given):
 
 def with_defaults(recipe, defaults, given):
     """The options given, with the recipe's values and the defaults of any run where none was given."""
-    args = SimpleNamespace(**recipe | RUN | defaults | given)
+    args = SimpleNamespace(**RUN | defaults | recipe | given)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.recipe = recipe
     if "milestones" not in given:
@@ -891,7 +891,7 @@ def add_run_options(p, picture):
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=at_least(0), help="of initialisation, order and augmentation (default 0)")
     g.add_argument("--workers", type=at_least(0), help="processes that decode and augment images, where these do "
-                   "not live on the device; changes no number (default 2)")
+                   "not live on the device; changes no number (default 2; shapes of seg.py 0)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     g.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast; the losses stay in float32")
     g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
