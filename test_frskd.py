@@ -2604,7 +2604,7 @@ def test_recipe_of_segmentation_is_that_of_section_4_2_and_the_appendix():
         ("--dataset voc --weights a/b.pth --temperature 4", "frskd-b-t4"),
         ("--dataset voc --epochs 30 --accumulate 1 --clip-value 2", "frskd-acc1-clip2-e30"),
         ("--dataset voc --epochs 30 --warmup-epochs 10 --image-size 128", "frskd-wu10-px128-e30"),
-        ("--ramp-epochs 2 --amp --weights none", "frskd-ramp2-amp"),
+        ("--ramp-epochs 1 --amp --weights none", "frskd-ramp1-amp"),
     ],
 )
 def test_a_run_of_segmentation_is_named_by_what_changes_its_result(options, name):
