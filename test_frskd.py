@@ -2991,6 +2991,11 @@ def test_every_row_of_table_4_is_the_command_beside_it():
     assert [row[1] for row in rows if row[1]] == ["79.07", "80.55", "81.95", "83.88"] and len(rows) == 8
 
 
+def test_every_file_that_the_readme_links_is_there():
+    links = re.findall(r"\]\((?!http|#)([^)]+)\)", (HERE / "README.md").read_text())
+    assert len(links) >= 2 and all((HERE / link).is_file() for link in links)
+
+
 def test_the_readmes_snippet_runs():
     """Its first Python block, with smaller images."""
     code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
