@@ -2165,6 +2165,8 @@ def test_efficientdet_has_six_levels_of_one_width(arch, dim):
     ]  # fmt: skip
     assert [lateral[0].in_channels for lateral in net.lateral] == [24, 40, 112, 320, 320]
     assert len(net.backbone) == 8 and len(net.bifpn) == 3
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert net(torch.randn(1, 3, 64, 64)).dtype == torch.float32
 
 
 def test_levels_are_the_backbones_stages_and_pooled_below():
@@ -2451,6 +2453,19 @@ def test_image_and_mask_stay_aligned():
         seen.add((mask == 255).any().item())
         assert image.shape == (3, 64, 64) and not torch.equal(loader.dataset[1, i][0], image)
     assert seen == {True, False}
+    _, y = next(loader.groups(1))[0]
+    assert torch.equal(y[0], loader.dataset[1, loader.batches(1)[0][0].item()][1].long())  # augmented by the epoch
+
+
+def test_every_other_image_is_blurred_and_no_mask_is():
+    loader = mask_loader(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.uint8))
+    blur = loader.dataset.transform.transforms[-1]
+    image = torchvision.tv_tensors.Image(torch.randint(256, (3, 16, 16), dtype=torch.uint8))
+    mask = torchvision.tv_tensors.Mask(torch.randint(2, (16, 16), dtype=torch.uint8))
+    with data.seeded("blur"):
+        pairs = [blur(image, mask) for _ in range(100)]
+    assert 25 < sum(not torch.equal(blurred, image) for blurred, _ in pairs) < 65  # a deviation near 0 changes nothing
+    assert all(torch.equal(untouched, mask) for _, untouched in pairs)
 
 
 def test_augmentation_scales_the_shorter_side_to_half_and_twice_the_crop_and_flips():
@@ -2804,6 +2819,9 @@ def test_a_resumed_run_does_not_ask_for_its_weights_again(voc, tmp_path):
     assert seg_main(options, "--output", tmp_path / "run") == 0
     (tmp_path / "b0.pth").unlink()
     assert seg_main("--resume", tmp_path / "run", "--epochs", 2) == 0
+    command = json.loads((tmp_path / "run/args.json").read_text())["command"].removeprefix("python seg.py ")
+    seg.check_options(seg_given(command))
+    assert "--milestones" in command
 
 
 def test_cost_prints_what_the_teacher_adds(capsys):
