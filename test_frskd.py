@@ -2097,7 +2097,9 @@ def test_a_checkpoint_of_another_content_is_refused(run, tmp_path, capsys, chang
     assert "is not the last.pt of a run" in line or "the checkpoint does not fit" in line
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", dict(name=1), dict(method=[]), dict(arch=5), dict(recipe=[])])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", dict(name=1), dict(method=[]), dict(method="x"), dict(arch=5), dict(recipe=[])]
+)
 def test_args_json_of_another_content_is_refused(run, tmp_path, capsys, content):
     shutil.copy(run / "student.pt", tmp_path)
     if isinstance(content, dict):  # a value of another type
@@ -2376,16 +2378,17 @@ def test_gradient_of_the_parts_is_that_of_the_batch(parts):
 
 
 def test_intersection_over_union_by_hand():
-    """Three classes, one of them absent, and a void pixel: class 0 has 2 of 4, class 1 has 3 of 5, class 2 none."""
+    """Three classes, one of them absent, and void pixels: class 0 has 2 of 3, class 1 has 4 of 5, class 2 none."""
     mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 255, 255, 255]])
-    predicted = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 0, 1, 2]])
+    predicted = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 2]])
     confusion = seg.confusion_matrix(predicted, mask, 3)
-    assert confusion.tolist() == [[2, 1, 0], [1, 3, 0], [0, 0, 0]]
+    assert confusion.tolist() == [[2, 1, 0], [0, 4, 0], [0, 0, 0]]
     iou = seg.intersection_over_union(confusion)
-    assert iou[:2].tolist() == [0.5, 0.6] and iou[2].isnan()
+    assert iou[:2].tolist() == [2 / 3, 0.8] and iou[2].isnan()
     student, loader = Answers(predicted), Masks(mask)
     metrics = seg.evaluate(student, loader, torch.autocast("cpu", enabled=False))
-    assert metrics == dict(miou=pytest.approx(55), iou=dict(a=50, b=60, c=None))
+    assert metrics == dict(miou=pytest.approx(220 / 3), iou=dict(a=pytest.approx(200 / 3), b=80, c=None))
+    assert not student.training
 
 
 def test_logits_are_brought_to_the_masks_size_by_bilinear_interpolation():
@@ -2606,6 +2609,8 @@ def test_recipe_of_segmentation_is_that_of_section_4_2_and_the_appendix():
     assert (args.alpha, args.beta, args.temperature, args.protocol, args.weights) == (1, 50, 1, "clean", "imagenet")
     assert (args.batch_size, args.accumulate, args.momentum, args.weight_decay) == (32, 2, 0.9, 5e-4)
     assert (args.image_size, args.clip_value, args.arch) == (512, None, "d0")
+    shapes = seg.resolve({})
+    assert (shapes.epochs, shapes.warmup_epochs, shapes.weights, shapes.workers, shapes.lr) == (6, 4, "none", 0, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -2660,16 +2665,31 @@ def test_predictions_png_shows_image_truth_student_and_teacher(seg_run, voc):
     image, mask = Image.open(loaded.test.images[1]), data.read_mask(loaded.test.labels[1], 21)
     x = v2.functional.normalize(v2.Resize((64, 64))(v2.functional.to_image(image)) / 255, *data.STATS["imagenet"])
     predicted = F.interpolate(net(x[None]), mask.shape, mode="bilinear").argmax(1)[0]
+    tiles = []
+    for k in range(3):
+        left, top = 110 + k * (width + 4), 24 + 132
+        pixels = bytearray(picture.crop((left, top, left + width, top + 128)).tobytes())
+        tiles.append(torch.frombuffer(pixels, dtype=torch.uint8).view(128, width, 3).float())
     colors = torch.tensor(seg.voc_palette(21) + 235 * [(255, 255, 255)])
-    for k, labels in ((1, mask.long()), (2, predicted)):
-        box = (110 + k * (width + 4), 24 + 132)
-        tile = torch.frombuffer(
-            bytearray(picture.crop((*box, box[0] + width, box[1] + 128)).tobytes()), dtype=torch.uint8
-        )
-        tile = tile.view(128, width, 3)[::32, ::32].float()
-        rows, columns = (torch.arange(0, side, 32) * full // side for side, full in ((128, 72), (width, 80)))
-        expected = colors[labels[rows][:, columns]].float()
-        assert ((tile - 0.75 * expected).clamp(0, 64) - (tile - 0.75 * expected)).abs().max() <= 1  # the rest: image
+    rows, columns = (torch.arange(side) * full // side for side, full in ((128, 72), (width, 80)))
+    for tile, labels in zip(tiles[1:], (mask.long(), predicted)):
+        expected = 0.25 * tiles[0] + 0.75 * colors[labels[rows][:, columns]]
+        assert ((tile - expected).abs().amax(2) < 2).float().mean() > 0.99  # a pixel may fall on a tie
+
+
+def test_predictions_png_tells_student_from_teacher(tmp_path):
+    """A student that sees class 1 everywhere, a self-teacher that sees class 2; both at rest."""
+    loader = mask_loader(
+        torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.uint8), train=False
+    )
+    method, seen = nn.Module(), torch.eye(3).view(3, 1, 3, 1, 1).expand(-1, -1, -1, 16, 16)
+    method.student, method.teacher = nn.Module(), nn.Identity()
+    method.student.features = lambda x: (seen[1], [method.training])
+    method.teacher.forward = lambda feats: (seen[2], feats)
+    seg.draw_predictions(method, loader, data.Data(loader.split, loader.split, loader.classes), tmp_path / "p.png")
+    picture = Image.open(tmp_path / "p.png")
+    pixels = [picture.getpixel((110 + k * 132 + 64, 24 + 64)) for k in range(4)]
+    assert pixels == [(0, 0, 0), (0, 0, 0), (96, 0, 0), (0, 96, 0)] and not method.training  # 3/4 of (128, 0, 0) ...
 
 
 def test_predictions_png_has_room_for_every_class_of_a_mask(tmp_path):
@@ -2776,9 +2796,15 @@ def one_epoch(part, clip_value=None):
     masks = torch.randint(3, (40, 64, 64), dtype=torch.uint8, generator=g)
     loader = mask_loader(images, masks, batch_size=32, part=part)
     optimizer = Recorded(method.parameters(), 0.1)
-    args = SimpleNamespace(**vars(ON_CPU) | dict(clip_value=clip_value))
+    args, optimizer.compiled = SimpleNamespace(**vars(ON_CPU) | dict(clip_value=clip_value)), []
+
+    def compiled(x, y, totals):
+        optimizer.compiled.append(len(x))
+        return method(x, y, totals)
+
     with train.StopOnSignal() as stop:
-        means, _ = seg.train_epoch(args, method, method, loader, optimizer, 1, stop)
+        means, clock = seg.train_epoch(args, compiled, method, loader, optimizer, 1, stop)
+    assert clock["images_per_s"] * clock["seconds"] == pytest.approx(40)
     return means, optimizer, list(method.parameters())
 
 
@@ -2786,6 +2812,7 @@ def test_an_epoch_in_parts_is_the_epoch_in_batches():
     """Two updates, of 32 and of 8 images: same logged terms, same weights, without batch norm."""
     (means, optimizer, parameters), (means2, optimizer2, parameters2) = one_epoch(32), one_epoch(11)
     assert optimizer.steps == optimizer2.steps == 2
+    assert (optimizer.compiled, optimizer2.compiled) == ([32], [11, 11])  # other sizes: no compiling again
     assert means2 == pytest.approx(means, rel=1e-9)
     assert_close(parameters2, parameters, rtol=1e-9, atol=1e-12)
 
@@ -2799,9 +2826,11 @@ def test_gradients_are_clipped_by_value():
 @pytest.mark.parametrize("options", ["--arch d1 --accumulate 3 --clip-value 2", "--teacher top-down --warmup-epochs 0"])
 def test_variants_of_segmentation_train(voc, tmp_path, options):
     more = "--epochs 1 --overwrite --output".split()
+    (tmp_path / "predictions-9.png").touch()  # of an earlier run
     assert seg_main(TINY_SEG, "--data-dir", voc, options.split(), more, tmp_path) == 0
     state = torch.load(tmp_path / "last.pt", weights_only=True)["method"]
     assert any(name.startswith("teacher.bifpn.1.bottom_up") for name in state) == ("top-down" not in options)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["predictions.png"]
 
 
 def test_segmentation_starts_from_torchvisions_weights(tmp_path):
@@ -2917,8 +2946,10 @@ def test_weights_that_do_not_fit_are_refused(voc, seg_run, tmp_path, monkeypatch
     torch.save(torchvision.models.efficientnet_b1().state_dict(), tmp_path / "b1.pth")
     torch.save([1], tmp_path / "list.pth")
     options = [*TINY_SEG, "--data-dir", voc, "--output", tmp_path / "run", "--weights"]
+    shutil.copytree(seg_run, tmp_path / "kept")
     for file in (tmp_path / "b1.pth", tmp_path / "list.pth", seg_run / "student.pt"):
-        message = refused(capsys, options, file, script=seg)
+        message = refused(capsys, options, file, "--overwrite", "--output", tmp_path / "kept", script=seg)
+        assert (tmp_path / "kept/last.pt").exists()
         assert f"{file} is not a state_dict of torchvision's efficientnet_b0, the backbone of d0" in message
 
     def unreachable(*_, **__):
