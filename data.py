@@ -759,7 +759,13 @@ class Loader:
     they are evaluated.
     Paper vs code: torchvision mixes each image with the one before it in the shuffled batch, the authors by a
     permutation. CutMix mixes every batch, as theirs; its own code mixes half of them on CIFAR.
+
+    pairs: what goes with each image, for a method that declares it (see baselines.py): "view", another augmentation
+    of it, "class", an image of its class drawn uniformly. x is then (2 B, 3, H, W), the second halves beside the
+    first; both are mixed alike.
     """
+
+    pairs = None
 
     def __init__(self, split, *, train, batch_size, seed, stats, device, mix=None):
         if train and batch_size > len(split):
@@ -776,13 +782,23 @@ class Loader:
             if self.mix:
                 with seeded(self.seed, epoch, "mixing", step):
                     x, y = self.mix(x, y)
-            yield x, y
+            yield x, y[: len(y) // 2] if self.pairs else y  # the second half has the labels of the first
 
     def batches(self, epoch):
         """The indices of each batch of an epoch; shuffled in training."""
         n = len(self.split)
         order = torch.randperm(n, generator=generator(self.seed, epoch)) if self.train else torch.arange(n)
         return split_batches(order, self.batch_size)
+
+    def partners(self, epoch):
+        """The index of the image that goes with each: (N,)."""
+        if self.pairs == "view":
+            return torch.arange(len(self.split))
+        labels = self.split.labels
+        counts = labels.bincount()
+        first = counts.cumsum(0) - counts  # where a class begins among the sorted labels
+        share = torch.rand(len(labels), dtype=torch.float64, generator=generator(self.seed, epoch, "partners"))
+        return labels.argsort(stable=True)[first[labels] + (share * counts[labels]).long()]
 
     def normalize(self, x):
         return (x.float() - self.mean) / self.std
@@ -803,19 +819,26 @@ class DeviceLoader(Loader):
         self.images, self.labels = images.to(self.device), split.labels.to(self.device)
 
     def augmented(self, epoch):
-        span = torch.arange(self.size, device=self.device)
-        if self.train:
-            n, g = len(self.split), generator(self.seed, epoch, "augmentation")
-            top, left = torch.randint(2 * self.pad + 1, (2, n), generator=g).to(self.device)
-            flip = (torch.rand(n, generator=g) < 0.5).to(self.device)
-            rows = top[:, None] + span  # (N, H): which row of the padded image becomes row h
-            cols = left[:, None] + torch.where(flip[:, None], span.flip(0), span)  # (N, W)
-        else:
-            rows = cols = span.expand(len(self.split), -1)
+        everyone = torch.arange(len(self.split), device=self.device)
+        halves = [(everyone, *self.windows(epoch, "augmentation"))]
+        if self.pairs:
+            halves.append((self.partners(epoch).to(self.device), *self.windows(epoch, "augmentation of the partners")))
         for index in self.batches(epoch):
             index = index.to(self.device)
-            x = self.images[index[:, None, None], rows[index][:, :, None], cols[index][:, None, :]]  # (B, H, W, 3)
-            yield self.normalize(x.permute(0, 3, 1, 2)), self.labels[index]
+            parts = [(image[index], rows[index], cols[index]) for image, rows, cols in halves]
+            image, rows, cols = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
+            x = self.images[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, 3)
+            yield self.normalize(x.permute(0, 3, 1, 2)), self.labels[image]
+
+    def windows(self, *key):
+        """Which rows of each padded image are read, (N, H), and which columns, (N, W); in training drawn from a key."""
+        span, n = torch.arange(self.size, device=self.device), len(self.split)
+        if not self.train:
+            return span.expand(n, -1), span.expand(n, -1)
+        g = generator(self.seed, *key)
+        top, left = torch.randint(2 * self.pad + 1, (2, n), generator=g).to(self.device)
+        flip = (torch.rand(n, generator=g) < 0.5).to(self.device)
+        return top[:, None] + span, left[:, None] + torch.where(flip[:, None], span.flip(0), span)
 
     def raw(self, index):
         return self.split.images[index].permute(0, 3, 1, 2).to(self.device)
@@ -858,6 +881,9 @@ class WorkerLoader(Loader):
     def read(self, batches, epoch):
         """The batches with these indices, one after the other."""
         self.keys[:] = [[(epoch, i) for i in index.tolist()] for index in batches]
+        if self.pairs:
+            partners = self.partners(epoch).tolist()
+            self.keys[:] = [keys + [(epoch, partners[i], i) for _, i in keys] for keys in self.keys]
         for x, y in self.loader:
             x = x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
             yield self.normalize(x), self.labels_to_device(y)
@@ -870,14 +896,17 @@ class WorkerLoader(Loader):
 
 
 class SeededDataset(Dataset):
-    """An image by its key (epoch, index) -> uint8 (3, H, W), label; augmented by a draw from (seed, epoch, index)."""
+    """An image by its key (epoch, index) -> uint8 (3, H, W), label; augmented by a draw from (seed, epoch, index).
+
+    With a third number in the key, the image it goes with, the draw is from all three.
+    """
 
     def __init__(self, split, transform, seed):
         self.split, self.transform, self.seed = split, transform, seed
 
     def __getitem__(self, key):
-        epoch, index = key
-        with seeded(self.seed, epoch, index):
+        _, index, *_ = key
+        with seeded(self.seed, *key):
             return self.transform(as_pil(self.split.images[index])), self.split.labels[index]
 
 

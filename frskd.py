@@ -171,6 +171,11 @@ class SelfTeacher(nn.Module):
         self.bottom_up_weights = nn.ParameterList(nn.Parameter(torch.ones(3 if i < n - 1 else 2)) for i in range(1, n))
         self.fc = nn.Linear(dims[-1], num_classes)
 
+    @property
+    def norms(self):
+        """The n batch norms that make T_1..T_n, for Overhaul."""
+        return [conv[-1] for conv in (self.top_down[0], *self.bottom_up)]
+
     def forward(self, feats, preact=False):
         n = len(self.dims)
         if len(feats) != n:
@@ -373,7 +378,8 @@ class Overhaul(nn.Module):
 
     On maps before their ReLU, of both sides. A connector is a 1x1 convolution c_i -> d_i without bias and batch
     norm; it trains with the student. The margin of a channel comes from the batch norm that makes T_i, as it is at
-    this step. feats, feats_t: n maps (B, c_i, H_i, W_i) and (B, d_i, H_i, W_i); the teacher's are detached.
+    this step (norms: the `.norms` of a SelfTeacher, ResNet or WideResNet; their widths are the d_i).
+    feats, feats_t: n maps (B, c_i, H_i, W_i) and (B, d_i, H_i, W_i); the teacher's are detached.
     Raises ValueError where the numbers of maps or the sizes differ. Source: Table 5; overhaul distillation, the
     paper's [8], with its 1e-3 for CIFAR.
     Paper vs code: the authors take the margins once, from untrained batch norms (always -0.798), and omit the 1e-3.
@@ -381,13 +387,13 @@ class Overhaul(nn.Module):
 
     preact = True
 
-    def __init__(self, channels, teacher):
+    def __init__(self, channels, norms):
         super().__init__()
         self.connectors = nn.ModuleList(
             nn.Sequential(he_initialized(nn.Conv2d(c, d, 1, bias=False)), nn.BatchNorm2d(d))
-            for c, d in zip(channels, teacher.dims)
+            for c, d in zip(channels, [norm.num_features for norm in norms])
         )
-        self.norms = [conv[-1] for conv in (teacher.top_down[0], *teacher.bottom_up)]  # a list: they stay the teacher's
+        self.norms = list(norms)  # a list: they stay the teacher's
 
     def forward(self, feats, feats_t):
         check_sizes(feats, feats_t)
@@ -407,7 +413,12 @@ def rotations(x):
 
 
 def joint_labels(y):
-    """Class and rotation as one label: (B,) -> (4 B,), 4 * y + r for the views r = 0..3 of an image."""
+    """Class and rotation as one label: (B,) -> (4 B,), 4 * y + r for the views r = 0..3 of an image.
+
+    Raises ValueError for soft labels.
+    """
+    if y.ndim > 1:
+        raise ValueError("the joint labels of class and rotation need class indices, not soft labels")
     return (4 * y[:, None] + torch.arange(4, device=y.device)).flatten()
 
 
@@ -448,12 +459,11 @@ class FRSKDSLA(FRSKD):
         return full_precision(head((F.relu(feat) if self.preact else feat).mean((2, 3))))
 
     def forward(self, x, y):
-        if y.ndim > 1:
-            raise ValueError("the joint labels of class and rotation need class indices, not soft labels")
+        y_joint = joint_labels(y)
         logits, logits_t, feats, feats_t = self.networks(x)
         _, _, views, views_t = self.networks(rotations(x))  # maps of the 4 B views; the plain heads' logits unused
         joint, joint_t = self.joint_logits(self.joint, views[-1]), self.joint_logits(self.joint_t, views_t[-1])
-        agg, agg_t, y_joint = aggregate(joint), aggregate(joint_t), joint_labels(y)
+        agg, agg_t = aggregate(joint), aggregate(joint_t)
         terms = {
             "ce": F.cross_entropy(full_precision(logits), y),
             "ce_t": F.cross_entropy(full_precision(logits_t), y),
@@ -504,6 +514,11 @@ class ResNet(torchvision.models.ResNet):
         if stem == "cifar":
             self.conv1 = he_initialized(nn.Conv2d(3, 64, 3, padding=1, bias=False))
             self.maxpool = nn.Identity()
+
+    @property
+    def norms(self):
+        """The last batch norm of each stage, in front of its sum, for Overhaul."""
+        return [stage[-1].bn2 for stage in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
     def features(self, x, preact=False):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -579,6 +594,11 @@ class WideResNet(nn.Module):
         for m in self.modules():  # torchvision's initialisation, as for ResNet
             if isinstance(m, nn.Conv2d):
                 he_initialized(m)
+
+    @property
+    def norms(self):
+        """The batch norms that make F_1..F_3 before their ReLU, for Overhaul."""
+        return [self.layer2[0].bn1, self.layer3[0].bn1, self.bn]
 
     def features(self, x, preact=False):
         x = self.layer1(self.conv1(x))
@@ -720,7 +740,8 @@ def table6():
 def step_times(variants, rounds, batch_size=128):
     """Median seconds of a training step of each variant, interleaved so that a noisy machine hits all alike.
 
-    variants: name -> (method, memory format). A step is forward, backward and SGD on (batch_size, 3, 32, 32).
+    variants: name -> (method, memory format). A step is forward, backward and SGD on (batch_size, 3, 32, 32), twice as
+    many images for a method with `pairs`.
     """
     import statistics
     import time
@@ -729,7 +750,8 @@ def step_times(variants, rounds, batch_size=128):
     steps, seconds = {}, {name: [] for name in variants}
     for name, (method, memory_format) in variants.items():
         method.to(memory_format=memory_format)
-        x = torch.randn(batch_size, 3, 32, 32).to(memory_format=memory_format)
+        rows = 2 * batch_size if getattr(method, "pairs", None) else batch_size
+        x = torch.randn(rows, 3, 32, 32).to(memory_format=memory_format)
         steps[name] = (method, x, torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4))
     for i in range(rounds + 1):  # the first round warms up
         for name, (method, x, optimizer) in steps.items():

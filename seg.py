@@ -292,8 +292,8 @@ def build_frskd(student, num_classes, args):
 
 
 METHODS = {  # name -> (student, number of classes, args) -> method
-    "frskd": build_frskd,
     "baseline": lambda student, num_classes, args: SegmentationBaseline(student),
+    "frskd": build_frskd,
 }
 
 

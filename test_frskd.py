@@ -419,7 +419,7 @@ def overhaul_method():
     torch.manual_seed(0)
     student = frskd.WideResNet(10, 1, 5)
     teacher = frskd.BiFPNc(student.channels, 5)
-    return frskd.FRSKD(student, teacher, beta=1, feature_loss=frskd.Overhaul(student.channels, teacher))
+    return frskd.FRSKD(student, teacher, beta=1, feature_loss=frskd.Overhaul(student.channels, teacher.norms))
 
 
 def test_overhaul_is_its_levels_weighted_by_powers_of_two():
@@ -486,7 +486,7 @@ def test_overhaul_on_an_adapter_is_refused():
     student = frskd.Adapter(torchvision.models.resnet18(num_classes=5), ["layer1", "layer2"], image_size=32)
     teacher = frskd.BiFPNc(student.channels, 5)
     with pytest.raises(ValueError, match="before their ReLU"):
-        frskd.FRSKD(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher))
+        frskd.FRSKD(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher.norms))
 
 
 def test_views_and_joint_labels_by_hand():
@@ -559,7 +559,7 @@ def test_frskd_sla_with_overhaul_pools_the_activated_maps():
     torch.manual_seed(0)
     student = frskd.WideResNet(10, 1, 5)
     teacher = frskd.BiFPNc(student.channels, 5)
-    method = frskd.FRSKDSLA(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher))
+    method = frskd.FRSKDSLA(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher.norms))
     x, y = batch()
     pooled = student.features(frskd.rotations(x))[1][-1].mean((2, 3))
     assert_close(method(x, y)[0]["ce_joint"], F.cross_entropy(method.joint(pooled), frskd.joint_labels(y)))
@@ -612,7 +612,7 @@ def test_resnet_starts_from_torchvisions_initialisation():
         lambda: frskd.resnet18(7, stem="cifar"),
         lambda: frskd.WideResNet(10, 4, 7),
         lambda: frskd.FitNet([16, 32], [64, 128]),
-        lambda: frskd.Overhaul([16, 32], frskd.BiFPNc([16, 32], 7)),
+        lambda: frskd.Overhaul([16, 32], frskd.BiFPNc([16, 32], 7).norms),
     ],
 )
 def test_every_convolution_starts_from_he_fan_out(build):

@@ -2,11 +2,13 @@
 
     python train.py                                                          # drawn shapes: no file, no network
     python train.py --dataset cifar100 --download --arch resnet18 --alpha 2 --beta 100
-    python train.py --dataset cifar100 --arch resnet18 --method baseline
+    python train.py --dataset cifar100 --arch resnet18 --method baseline     # or one, ddgsd, byot, sad, cskd, slasd
+    python train.py --dataset cifar100 --method kd --feature-loss at --teacher-checkpoint FILE
     python train.py --dataset folder --data-dir photos --arch resnet34
     python train.py --resume runs/cifar100-resnet18-frskd-s0
     python train.py --eval runs/cifar100-resnet18-frskd-s0/student.pt
     python train.py --table runs
+    python train.py --bench
 
 A run writes args.json, log.jsonl (one object an epoch), last.pt (everything to resume), student.pt (the plain
 network) and attention.png into runs/<dataset>-<arch>-<name>-s<seed>.
@@ -33,9 +35,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import baselines
 import data
 import frskd
 from data import DataError
@@ -45,7 +49,7 @@ from data import DataError
 COMMON = dict(  # Sec. 4.1; momentum: the paper is silent, 0.9 is the authors' code
     method="frskd", arch="resnet18", epochs=200, lr_drops=(1 / 2, 3 / 4), lr=0.1, momentum=0.9, weight_decay=1e-4,
     temperature=4.0, teacher="bifpnc", width=2, channels=256, feature_loss="at", sla=False, mixup=None, cutmix=None,
-    blocks=None, per_class=None, amp=False,
+    teacher_arch="resnet34", teacher_checkpoint=None, blocks=None, per_class=None, amp=False,
 )  # fmt: skip
 CIFAR = COMMON | dict(stats="cifar", image_size=32, alpha=2.0, beta=100.0, batch_size=128)
 FGVR = COMMON | dict(stats="imagenet", image_size=224, alpha=1.0, beta=200.0, batch_size=32)
@@ -61,8 +65,24 @@ RECIPES = {
     "folder up to 64 px": CIFAR,
     "folder above 64 px": FGVR,
 }
-# Weights of the other feature losses. Paper vs code: the paper and the authors' code give none; these are ours.
-BETA = dict(fitnet=1.0, od=0.01)
+# Weights of the feature losses that are no recipe's. Those of kd are each loss's own, see baselines.Distillation.
+# Paper vs code: for frskd the paper and the authors' code give none; these are ours.
+BETA = dict(frskd=dict(fitnet=1.0, od=0.01), kd=dict(none=0.0, at=1000.0, fitnet=100.0, od=1.0))
+# Which METHOD_OPTIONS each method takes, one that is not here none, and their defaults: of frskd the recipes', of the
+# others the methods' own, from the sources that baselines.py names.
+FRSKD_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels", "feature_loss", "sla")
+DEFAULTS = dict(
+    one=dict(alpha=1.0, temperature=3.0),
+    ddgsd=dict(alpha=1.0, beta=5e-4, temperature=3.0),
+    byot=dict(alpha=0.1, beta=1e-6, temperature=3.0),
+    sad=dict(beta=0.1),
+    cskd=dict(alpha=1.0, temperature=4.0),
+    slasd=dict(alpha=1.0, temperature=1.0),
+    kd=dict(
+        alpha=1.0, beta=0.0, temperature=4.0, feature_loss="none", teacher_arch="resnet34", teacher_checkpoint=None
+    ),
+)
+CSKD_LARGE = 3.0  # alpha of cskd above 64 px
 # Of the Beta distribution, up to 64 px and above (appendix: CIFAR-100 and TinyImageNet; FGVR).
 # Paper vs code: neither says it for ImageNet; as for FGVR.
 MIXUP = (0.2, 0.3)
@@ -74,7 +94,7 @@ TAGS = dict(
     temperature="t", alpha="alpha", beta="beta", width="w", blocks="blocks", weight_decay="wd", lr="lr",
     momentum="m", batch_size="bs", image_size="px", per_class="n", epochs="e", milestones="ms",
 )  # fmt: skip
-TEACHER_OPTIONS = ("alpha", "beta", "temperature", "teacher", "width", "channels", "feature_loss", "sla")
+METHOD_OPTIONS = (*FRSKD_OPTIONS, "teacher_arch", "teacher_checkpoint")
 THIS_CALL = ("output", "overwrite", "resume", "eval")  # not kept in a checkpoint
 MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", *THIS_CALL)  # from the checkpoint's values
 
@@ -106,11 +126,19 @@ def resolve(given):
     else:
         recipe = RECIPES[dataset]
     recipe = recipe | dict(dataset=dataset)
-    if given.get("feature_loss", "at") != "at":
-        recipe["beta"] = BETA[given["feature_loss"]]
+    method = given.get("method", "frskd")
+    recipe |= DEFAULTS.get(method, {})
+    if method == "cskd" and given.get("image_size", recipe["image_size"]) > data.DEVICE_RESIDENT:
+        recipe["alpha"] = CSKD_LARGE
+    recipe["beta"] = BETA.get(method, {}).get(given.get("feature_loss"), recipe["beta"])
     args = with_defaults(recipe, dict(attention=None), given)
     args.mixup = mixup_alpha(args.mixup, args.image_size)
     return args
+
+
+def options_of(method):
+    """Which METHOD_OPTIONS a method takes."""
+    return FRSKD_OPTIONS if method == "frskd" else tuple(DEFAULTS.get(method, ()))
 
 
 def with_defaults(recipe, defaults, given):
@@ -144,10 +172,11 @@ def run_name(args):
         name += f"+mixup{text(args.mixup)}"
     if args.cutmix:
         name += "+cutmix" if args.cutmix == CUTMIX else f"+cutmix{text(args.cutmix)}"
-    if args.feature_loss != "at":
-        name += f"-{args.feature_loss}"
     defaults = args.recipe | dict(milestones=default_milestones(args))
-    ignored = TEACHER_OPTIONS if args.method == "baseline" else ("channels", "teacher")
+    for key in ("feature_loss", "teacher_arch"):
+        if getattr(args, key) != defaults[key]:
+            name += f"-{getattr(args, key)}"
+    ignored = tuple(key for key in METHOD_OPTIONS if key not in options_of(args.method))
     if args.method == "frskd" and args.beta == 0:
         name += "-nofeat"
         ignored += ("beta",)
@@ -187,21 +216,32 @@ def own_network(arch):
 
 def build_student(args, num_classes):
     """The network that --arch names, with `features` (see frskd.py)."""
-    stem, own = "cifar" if args.image_size <= data.DEVICE_RESIDENT else "imagenet", own_network(args.arch)
     try:
-        if own:
-            return own(num_classes, stem)
-        aux = dict(aux_logits=False, init_weights=True) if args.arch in ("googlenet", "inception_v3") else {}
-        net = torchvision.models.get_model(args.arch, num_classes=num_classes, **aux)
-        return frskd.Adapter(net, args.blocks, args.image_size)
+        net = build_network(args.arch, args.image_size, num_classes)
+        return net if own_network(args.arch) else frskd.Adapter(net, args.blocks, args.image_size)
     except (ValueError, RuntimeError, AssertionError) as error:  # the adapter, or images that do not suit the network
         raise UserError(f"--arch {args.arch} at {args.image_size} px: {error}") from None
 
 
-FEATURE_LOSSES = {  # name -> (student, teacher) -> the loss, see frskd.FRSKD
+def build_network(arch, image_size, num_classes):
+    """A network of frskd.py, or else of torchvision."""
+    own = own_network(arch)
+    if own:
+        return own(num_classes, "cifar" if image_size <= data.DEVICE_RESIDENT else "imagenet")
+    aux = dict(aux_logits=False, init_weights=True) if arch in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(arch, num_classes=num_classes, **aux)
+
+
+FEATURE_LOSSES = {  # name -> (student, self-teacher) -> the loss, see frskd.FRSKD
     "at": lambda student, teacher: frskd.attention_transfer,
     "fitnet": lambda student, teacher: frskd.FitNet(student.channels, teacher.dims),
-    "od": lambda student, teacher: frskd.Overhaul(student.channels, teacher),
+    "od": lambda student, teacher: frskd.Overhaul(student.channels, teacher.norms),
+}
+KD_FEATURE_LOSSES = {  # name -> (student, pretrained teacher) -> the loss, see baselines.Distillation
+    "none": lambda student, teacher: None,
+    "at": lambda student, teacher: frskd.attention_transfer,
+    "fitnet": lambda student, teacher: baselines.Hint(student.channels, teacher.channels),
+    "od": lambda student, teacher: frskd.Overhaul(student.channels, teacher.norms),
 }
 
 
@@ -211,14 +251,46 @@ def build_frskd(student, num_classes, args):
     else:
         teacher = frskd.BiFPNc(student.channels, num_classes, width=args.width)
     feature_loss = FEATURE_LOSSES[args.feature_loss](student, teacher)
-    weights = dict(alpha=args.alpha, beta=args.beta, temperature=args.temperature)
-    return (frskd.FRSKDSLA if args.sla else frskd.FRSKD)(student, teacher, feature_loss=feature_loss, **weights)
+    method = frskd.FRSKDSLA if args.sla else frskd.FRSKD
+    return method(student, teacher, feature_loss=feature_loss, **weights(args))
+
+
+def build_kd(student, num_classes, args):
+    try:
+        teacher = build_network(args.teacher_arch, args.image_size, num_classes)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--teacher-arch {args.teacher_arch}: {error}") from None
+    feature_loss = KD_FEATURE_LOSSES[args.feature_loss](student, teacher)
+    return baselines.Distillation(student, teacher, feature_loss=feature_loss, **weights(args))
+
+
+def weights(args):
+    """alpha, beta and temperature, those that the method takes."""
+    return {key: getattr(args, key) for key in ("alpha", "beta", "temperature") if key in options_of(args.method)}
 
 
 METHODS = {  # name -> (student, number of classes, args) -> method, see frskd.FRSKD.forward
-    "frskd": build_frskd,
     "baseline": lambda student, num_classes, args: frskd.Baseline(student),
+    "one": lambda student, num_classes, args: baselines.ONE(student, num_classes, **weights(args)),
+    "ddgsd": lambda student, num_classes, args: baselines.DDGSD(student, **weights(args)),
+    "byot": lambda student, num_classes, args: baselines.BYOT(
+        student, num_classes, image_size=args.image_size, **weights(args)
+    ),
+    "sad": lambda student, num_classes, args: baselines.SAD(student, **weights(args)),
+    "cskd": lambda student, num_classes, args: baselines.CSKD(student, **weights(args)),
+    "slasd": lambda student, num_classes, args: baselines.SLASD(student, num_classes, **weights(args)),
+    "frskd": build_frskd,
+    "kd": build_kd,
 }
+
+
+def load_teacher(args, method):
+    """The weights of the pretrained teacher of --method kd; a resumed run has them in its checkpoint."""
+    if args.method == "kd":
+        state, name = load_file(args.teacher_checkpoint), f"--teacher-checkpoint {args.teacher_checkpoint}"
+        if isinstance(state, dict) and "optimizer" in state:
+            raise UserError(f"{name} is a last.pt: name the student.pt beside it")
+        load_state(method.teacher, state, f"{name} does not fit {args.teacher_arch}")
 
 
 def build_method(task, args, num_classes):
@@ -282,6 +354,10 @@ class Task:
     draw: Callable  # (method, loader, data, path)
     reports: dict  # options that print something and stop: {key: function (task, value)}
 
+    @property
+    def metric(self):
+        return next(iter(self.metrics))
+
 
 def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
     """One pass over the training images; -> means of the terms and train_top1, the clock.
@@ -292,11 +368,11 @@ def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
     meter, autocast = Meter(method, epoch), precision(args)
     for x, y in watched(loader.epoch(epoch), len(loader), meter, args, stop):
         with autocast:
-            terms, logits = (forward if len(x) == loader.batch_size else method)(x, y)
+            terms, logits = (forward if len(y) == loader.batch_size else method)(x, y)
         optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
-        meter.update(terms | dict(train_top1=accuracy(logits, y)), len(x))
+        meter.update(terms | dict(train_top1=accuracy(logits, y)), len(y))
     return meter.read(), meter.clock()
 
 
@@ -328,6 +404,7 @@ def train(task, args, loaders, folder, checkpoint, stop):
     """Train to args.epochs, from the checkpoint where there is one; -> the log, a list of dicts, one an epoch."""
     loaded, train_loader, test_loader = loaders
     method = build_method(task, args, len(loaded.classes))
+    train_loader.pairs = getattr(method, "pairs", None)
     optimizer = torch.optim.SGD(  # weight decay on everything, as the authors' code
         method.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
@@ -343,7 +420,7 @@ def train(task, args, loaders, folder, checkpoint, stop):
 
     autocast = precision(args)
     forward = torch.compile(method, backend=args.compile) if args.compile else method
-    metric, metric_name = next(iter(task.metrics.items()))
+    metric, metric_name = task.metric, task.metrics[task.metric]
     pictures = getattr(args, task.picture)
     for epoch in range(len(log), args.epochs):
         torch.manual_seed(data.seed_of(args.seed, epoch))  # for dropout: a resumed run draws the same
@@ -468,7 +545,7 @@ def progress_bar(steps, title):
 
 def result_line(task, args, log, test_name):
     """The last line of a run; a folder's says which split it was evaluated on."""
-    metric = next(iter(task.metrics))
+    metric = task.metric
     last, best = log[-1], max(log, key=lambda entry: entry[metric])
     split = f" on {test_name}" if args.dataset == "folder" else ""
     return (
@@ -649,7 +726,7 @@ def unfit_checkpoint(args):
 def draw_attention(method, loader, loaded, path, images=4, side=112):
     """The paper's Figure 3: for a few test images, the attention map of each block.
 
-    Per image one row for the classifier and, where the method has a teacher, one for the self-teacher: the input,
+    Per image one row for the classifier and, where the method has one, one for the self-teacher: the input,
     then the mean of squares over channels of F_i and of T_i, each scaled to 0..1, red where it is large.
     """
     method.eval()
@@ -658,7 +735,7 @@ def draw_attention(method, loader, loaded, path, images=4, side=112):
     raw = loader.raw(index)
     logits, feats = method.student.features(loader.normalize(raw).contiguous(memory_format=torch.channels_last))
     rows = [("classifier", logits, feats)]
-    if hasattr(method, "teacher"):
+    if isinstance(getattr(method, "teacher", None), frskd.SelfTeacher):
         rows.append(("self-teacher", *method.teacher(feats)))
 
     margin, header, step = 150, 24, side + 4
@@ -693,10 +770,19 @@ def heat_map(feat, image):
     return 0.35 * image.mean(0) + 0.65 * palette[:, (255 * heat).long()]
 
 
+BENCH = dict(dataset="cifar100", arch="wrn16_2", device="cpu")
+BENCHED = (
+    "--method baseline", "--method one", "--method ddgsd", "--method byot", "--method sad", "--method cskd",
+    "--method slasd", "--beta 0", "", "--feature-loss fitnet", "--feature-loss od", "--sla",
+    "--method kd --teacher-arch wrn40_2", "--method kd --teacher-arch wrn40_2 --feature-loss fitnet",
+    "--method kd --teacher-arch wrn40_2 --feature-loss at", "--method kd --teacher-arch wrn40_2 --feature-loss od",
+)  # fmt: skip
+
+
 def print_table(task, folder):
     """Mean and standard deviation over seeds of the task's runs below a folder, in markdown: laid out as Table 1, and
     where runs differ in alpha and in beta, a grid of the two, the numbers of Figure 4."""
-    metric, metric_name = next(iter(task.metrics.items()))
+    metric, metric_name = task.metric, task.metrics[task.metric]
     runs, grids, left_out = {}, {}, []
     for path in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
         try:
@@ -720,7 +806,8 @@ def print_table(task, folder):
             left_out.append(f"- {path.parent}: not a run that can be read")
     if not runs and not left_out:
         raise UserError(f"--table {folder}: no run of {task.script} in or below this folder (a run has an args.json)")
-    names = sorted({name for name, _ in runs}, key=lambda name: (not name.startswith("baseline"), name))
+    order = list(task.methods)  # as Table 1
+    names = sorted({name for name, _ in runs}, key=lambda name: (order.index(re.split("[+-]", name)[0]), name))
     columns = sorted({column for _, column in runs})
     print(f"{metric_name} in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
     print_rows("method", columns, {name: [cell(runs.get((name, column))) for column in columns] for name in names})
@@ -732,6 +819,29 @@ def print_table(task, folder):
             print_rows("alpha", [f"beta {text(b)}" for b in betas], rows)
     if left_out:
         print("\nNot averaged:\n" + "\n".join(left_out))
+
+
+def print_bench(task, _):
+    """Time and cost of a training step of each method, over the baseline's: WRN-16-2, batches of 128 at 32 px, 100
+    classes; the pretrained teacher is WRN-40-2. Counted: operations of convolutions and linear layers, as executed
+    forward and backward."""
+    variants, counted = {}, {}
+    for options in BENCHED:
+        given = vars(task.parser().parse_args(options.split()))
+        args = task.resolve({key: value for key, value in given.items() if value is not None} | BENCH)
+        method = build_method(task, args, 100)
+        variants[task.run_name(args)] = method, torch.channels_last
+        x, y = torch.randn(8 if getattr(method, "pairs", None) else 4, 3, 32, 32), torch.arange(4)
+        with FlopCounterMode(display=False) as counter:
+            sum(method(x, y)[0].values()).backward()
+        counted[task.run_name(args)] = counter.get_total_flops()
+    seconds = frskd.step_times(variants, rounds=5)
+    print("A training step, WRN-16-2, batch 128 at 32 px, float32, eager, CPU, median of 5 interleaved\n")
+    rows = {
+        name: [f"{128 / seconds[name]:.0f}", *(f"{of[name] / of['baseline']:.2f}" for of in (seconds, counted))]
+        for name in variants
+    }
+    print_rows("method", ["images/s", "baseline steps", "counted"], rows)
 
 
 def print_rows(corner, columns, rows):
@@ -818,6 +928,19 @@ def recipe_values(key, recipes=RECIPES):
     return "; ".join(f"{value} {', '.join(n)}" for value, n in names.items())
 
 
+def method_values(key):
+    """The methods' own defaults: "1 one; 0.1 byot"."""
+    names = {}
+    for name, defaults in DEFAULTS.items():
+        if key in defaults and (name, key) != ("kd", "beta"):
+            names.setdefault(text(defaults[key]), []).append(name)
+    return "; ".join(f"{value} {', '.join(n)}" for value, n in names.items())
+
+
+def feature_loss_values(method):
+    return ", ".join(f"{text(beta)} --feature-loss {name}" for name, beta in BETA[method].items())
+
+
 # fmt: off
 def parser():
     p = Parser(prog="train.py", allow_abbrev=False, description="Train an image classifier with FRSKD. "
@@ -845,23 +968,29 @@ def parser():
                    "torchvision.models: the modules whose outputs are F_1..F_n, shallow to deep")
 
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=list(METHODS), help="baseline is plain cross-entropy (default frskd)")
+    g.add_argument("--method", choices=list(METHODS), help="baseline: plain cross-entropy; kd: from a pretrained "
+                   "teacher; the others are self-distillation (default frskd; Tables 1, 2 and 7)")
     g.add_argument("--alpha", type=not_negative, help="weight of the soft-label loss L_KD; larger trusts the "
-                   f"self-teacher more, 0 is without (default {recipe_values('alpha')}; Sec. 4.1)")
+                   f"teacher more, 0 is without (default {recipe_values('alpha')}; Sec. 4.1; "
+                   f"{method_values('alpha')}, above 64 px {text(CSKD_LARGE)} cskd: see baselines.py)")
     g.add_argument("--beta", type=not_negative, help="weight of the feature loss L_F; 0 is FRSKD\\F "
-                   f"(default {recipe_values('beta')}; Sec. 4.1; "
-                   f"{', '.join(f'{text(beta)} --feature-loss {name}' for name, beta in BETA.items())}, ours)")
+                   f"(default {recipe_values('beta')}; Sec. 4.1; {feature_loss_values('frskd')}, ours; "
+                   f"{method_values('beta')}, kd with {feature_loss_values('kd')}: see baselines.py)")
     g.add_argument("--temperature", type=positive, help="K of L_KD; larger softens both distributions "
-                   "(default 4; Sec. 4.1)")
+                   f"(default 4; Sec. 4.1; {method_values('temperature')}: see baselines.py)")
     g.add_argument("--teacher", choices=["bifpnc", "bifpn"], help="bifpnc: --width times as wide as the network's "
                    "blocks; bifpn: --channels wide at every block (default bifpnc; Sec. 3.1)")
     g.add_argument("--width", type=at_least(1), help="w of bifpnc; 1 is the cheaper one of Table 6 "
                    "(default 2; Sec. 4.1)")
     g.add_argument("--channels", type=at_least(1), help="width of bifpn; Table 6 has 128 and 256 (default 256)")
-    g.add_argument("--feature-loss", choices=list(FEATURE_LOSSES), help="L_F of Table 5: attention transfer, FitNet or "
-                   "overhaul distillation (default at; Sec. 3.2)")
+    g.add_argument("--feature-loss", choices=list(KD_FEATURE_LOSSES), help="L_F of Tables 5 and 7: attention transfer, "
+                   "FitNet or overhaul distillation, for kd also none (default at, Sec. 3.2; kd none)")
     g.add_argument("--sla", action="store_true", default=None, help="FRSKD+SLA: joint heads for class and rotation; "
                    "each step sees five times the images")
+    g.add_argument("--teacher-arch", help="of kd: as --arch; with a feature loss one without --blocks (default "
+                   "resnet34; Sec. 4.3)")
+    g.add_argument("--teacher-checkpoint", metavar="FILE", type=folder_name, help="of kd: the trained teacher, the "
+                   "student.pt of its run, or a state_dict of torchvision's class")
     g.add_argument("--mixup", nargs="?", const=True, type=concentration, metavar="A", help="mix pairs of images and "
                    f"labels by a share from Beta(A, A); larger mixes more (without A {text(MIXUP[0])} up to 64 px, "
                    f"{text(MIXUP[1])} above; appendix)")
@@ -882,7 +1011,8 @@ def parser():
     g.add_argument("--weight-decay", type=not_negative, help="on every parameter; 5e-4 is common elsewhere (default "
                    "1e-4; Sec. 4.1)")
 
-    add_run_options(p, "attention")
+    g = add_run_options(p, "attention")
+    g.add_argument("--bench", action="store_true", default=None, help="time a training step of every method")
     return p
 
 
@@ -923,8 +1053,8 @@ def check_options(given):
     """Options that do not go together, refused before any data is read."""
     dataset, arch, method = given.get("dataset", "shapes"), given.get("arch"), given.get("method", "frskd")
     teacher = given.get("teacher", "bifpnc")
-    if method == "baseline":
-        refuse(given, TEACHER_OPTIONS, "has no effect with --method baseline, which has no teacher")
+    others = [key for key in METHOD_OPTIONS if key not in options_of(method)]
+    refuse(given, others, f"has no effect with --method {method}")
     refuse(given, ["channels"] if teacher == "bifpnc" else ["width"], f"has no effect with --teacher {teacher}")
     if dataset == "shapes":
         refuse(given, ["data_dir"], "has no effect with --dataset shapes, which is drawn in memory")
@@ -938,6 +1068,14 @@ def check_options(given):
         refuse(given, ["cutmix"], "does not go with --mixup: one of them")
     if "sla" in given:
         refuse(given, ["mixup", "cutmix"], "does not go with --sla, whose labels of class and rotation cannot be mixed")
+    if method == "slasd":
+        refuse(given, ["mixup", "cutmix"], "does not go with --method slasd, whose joint labels cannot be mixed")
+    if method == "cskd":
+        refuse(given, ["mixup", "cutmix"], "does not go with --method cskd, whose pairs are of one class")
+    if method == "kd":
+        check_teacher(given)
+    elif given.get("feature_loss") == "none":
+        raise UserError("--feature-loss none is for --method kd: FRSKD without a feature loss is --beta 0")
     if arch is None or own_network(arch):
         refuse(
             given,
@@ -952,6 +1090,33 @@ def check_options(given):
         raise UserError(f"--arch {arch} needs --blocks, the modules whose outputs are F_1..F_n, such as --blocks a,b,c")
     elif given.get("feature_loss") == "od":
         raise UserError(f"--feature-loss od compares maps before their ReLU, which --arch {arch} does not give")
+    elif method == "one":
+        raise UserError(f"--method one copies the last stage, and where that of --arch {arch} begins is not known")
+
+
+def check_teacher(given):
+    """The pretrained teacher of --method kd, and whether its maps can teach the student's."""
+    arch, teacher, loss = (given.get(key, DEFAULTS["kd"].get(key)) for key in ("arch", "teacher_arch", "feature_loss"))
+    arch = arch or RECIPES.get(given.get("dataset", "shapes"), CIFAR)["arch"]
+    if "teacher_checkpoint" not in given:
+        raise UserError(f"--method kd needs --teacher-checkpoint FILE, the student.pt of a trained {teacher}")
+    if not own_network(teacher) and teacher not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"--teacher-arch {teacher}: neither of frskd.py nor a name in torchvision.models")
+    if loss == "none":
+        refuse(given, ["beta"], "has no effect with --feature-loss none")
+    elif not own_network(teacher):
+        raise UserError(f"--feature-loss {loss} compares maps, which --teacher-arch {teacher} does not give")
+    else:
+        n, n_t = (len(given["blocks"]) if "blocks" in given else levels(arch), levels(teacher))
+        if n != n_t:
+            raise UserError(
+                f"--feature-loss {loss} compares maps: --arch {arch} has {n}, --teacher-arch {teacher} has {n_t}"
+            )
+
+
+def levels(arch):
+    """How many maps a network of frskd.py has."""
+    return 3 if arch.startswith("wrn") else 4
 
 
 def check_values(task, args):
@@ -1005,6 +1170,9 @@ def run_training(task, given, argv):
     if resume not in (None, True):
         args, checkpoint = resumed(task, resume, given)
     check_values(task, args)
+    teacher = getattr(args, "teacher_checkpoint", None)
+    if teacher and not checkpoint and not Path(teacher).is_file():
+        raise UserError(f"--teacher-checkpoint: no such file: {teacher}")
     folder = Path(args.output)
     if "cuda" in args.device:
         torch.set_float32_matmul_precision("high")  # TF32
@@ -1066,7 +1234,7 @@ def run_eval(task, given):
         print(picture)
         return 0
     metrics = task.evaluate(method.student, loader, precision(args))
-    if math.isnan(metrics[next(iter(task.metrics))]):
+    if math.isnan(metrics[task.metric]):
         raise UserError(f"{path}: a logit of a test image is not finite")
     print(f"{args.dataset} {args.arch} {name}: {results(task, metrics)} (on {loaded.test_name}, {path})")
     return 0
@@ -1116,11 +1284,11 @@ CLASSIFICATION = Task(
     build_loaders=build_loaders,
     build_student=build_student,
     methods=METHODS,
-    pretrain=lambda args, method: None,
+    pretrain=load_teacher,
     train_epoch=train_epoch,
     evaluate=evaluate,
     draw=draw_attention,
-    reports=dict(table=print_table),
+    reports=dict(table=print_table, bench=print_bench),
 )
 
 
