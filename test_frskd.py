@@ -33,6 +33,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
+import baselines
 import data
 import frskd
 import seg
@@ -571,6 +572,366 @@ def test_frskd_sla_refuses_soft_labels_and_images_that_are_not_square():
         sla_method()(x, F.one_hot(y, 5).float())
     with pytest.raises(ValueError, match="square"):
         sla_method()(x[..., :12], y)
+
+
+# ------------------------------------------------------------------- baselines.py: Tables 1, 2 and 7, method by method
+
+
+def student_and_batch(rows=4):
+    torch.manual_seed(0)
+    return frskd.WideResNet(10, 1, 5), batch(rows)[0], batch()[1]
+
+
+def parts_of(method, term):
+    """The parts of a method that a term trains: {"student.fc", "student.layer1", "heads", ...}."""
+    names = gradients(method, term)
+    return {".".join(name.split(".")[: 2 if name.startswith("student") else 1]) for name in names}
+
+
+BLOCKS = {"student.conv1", "student.layer1", "student.layer2", "student.layer3", "student.bn"}
+SELF_DISTILLATION = {  # method -> of a student and a number of classes
+    "one": lambda student, n: baselines.ONE(student, n),
+    "ddgsd": lambda student, n: baselines.DDGSD(student),
+    "byot": lambda student, n: baselines.BYOT(student, n),
+    "sad": lambda student, n: baselines.SAD(student),
+    "cskd": lambda student, n: baselines.CSKD(student),
+    "slasd": lambda student, n: baselines.SLASD(student, n),
+}
+
+
+@pytest.mark.parametrize("build", [frskd.wrn16_2, lambda n: frskd.resnet18(n, stem="cifar")], ids=["wrn", "resnet"])
+@pytest.mark.parametrize("name", SELF_DISTILLATION)
+def test_a_step_costs_what_the_docstring_counts(name, build):
+    """Convolutions and linear layers forward and backward, over plain cross-entropy: "Costs 1.66 / 1.48"."""
+    method = SELF_DISTILLATION[name](build(100), 100)
+    costs = re.search(r"Costs (\S+) / (\d+\.\d\d)", type(method).__doc__).groups()
+    ratio = train.step_flops(method) / train.step_flops(frskd.Baseline(build(100)))
+    assert ratio == pytest.approx(float(costs[build is not frskd.wrn16_2]), abs=0.01)
+
+
+@pytest.mark.parametrize("name", SELF_DISTILLATION)
+def test_every_method_trains_all_that_it_adds_and_returns_the_students_logits(name):
+    student, x, y = student_and_batch(8 if name in ("ddgsd", "cskd") else 4)
+    method = SELF_DISTILLATION[name](student, 5)
+    terms, logits = method(x, y)
+    assert logits.shape == (4, 5) and not logits.requires_grad
+    reached = gradients(method, sum(terms.values()))
+    alone = {"gate.0.bias"}  # batch norm follows it
+    before_bn = {f"necks.{i}.{k}.bias" for i in range(2) for k in (0, 3, 6)}
+    assert {n for n, _ in method.named_parameters()} - reached <= alone | before_bn
+
+
+@pytest.mark.parametrize("name", set(SELF_DISTILLATION) - {"slasd", "cskd"})
+def test_methods_take_soft_labels(name):
+    """Of Mixup and CutMix: a one-hot label gives the terms of the class index."""
+    terms = []
+    for soft in (False, True):
+        student, x, y = student_and_batch(8 if name == "ddgsd" else 4)
+        method = SELF_DISTILLATION[name](student, 5)
+        terms.append(method(x, F.one_hot(y, 5).float() if soft else y)[0])
+    assert_close(terms[0], terms[1])
+
+
+@pytest.mark.parametrize("epoch, share", [(0, 0.006738), (20, 0.060055), (40, 0.286505), (80, 1), (150, 1)])
+def test_distillation_of_one_rises_over_80_epochs(epoch, share):
+    student, x, y = student_and_batch()
+    method = baselines.ONE(student, 5, alpha=2).double()
+    whole = method(x.double(), y)[0]["kd"]
+    method.set_epoch(epoch, 200)
+    assert (method(x.double(), y)[0]["kd"] / whole).item() == pytest.approx(share, abs=1e-6)
+
+
+def test_one_is_an_ensemble_gated_by_image():
+    """z_e = sum_k g_k z_k, g = softmax(relu(bn(linear(pooled F_{n-1})))); T = 3, z_e the target of all branches."""
+    student, x, y = student_and_batch()
+    method = baselines.ONE(student, 5, alpha=2)
+    nn.init.uniform_(method.gate[1].weight, 0.5, 2)
+    z1, feats = student.features(x)
+    z2, z3 = (branch(feats[1]) for branch in method.branches)
+    gate = F.softmax(F.relu(method.gate[1](method.gate[0](feats[1].mean((2, 3))))), 1)
+    z_e = gate[:, :1] * z1 + gate[:, 1:2] * z2 + gate[:, 2:] * z3
+    terms, logits = method(x, y)
+    assert_close(logits, z1.detach())
+    assert_close(terms["ce"], F.cross_entropy(z1, y))
+    assert_close(terms["ce_aux"], F.cross_entropy(z2, y) + F.cross_entropy(z3, y))
+    assert_close(terms["ce_e"], F.cross_entropy(z_e, y))
+    assert_close(terms["kd"], 2 * sum(frskd.soft_label_distillation(z, z_e, 3) for z in (z1, z2, z3)))
+    assert gate.std(0).min() > 0.01 and not torch.equal(z2, z3)
+
+
+def test_gate_of_one_learns_from_the_ensembles_cross_entropy_alone():
+    student, x, y = student_and_batch()
+    method = baselines.ONE(student, 5)
+    terms = {name: parts_of(method, method(x, y)[0][name]) for name in ("ce", "ce_aux", "ce_e", "kd")}
+    assert "gate" in terms["ce_e"] and not any("gate" in terms[name] for name in ("ce", "ce_aux", "kd"))
+    assert terms["kd"] == BLOCKS | {"student.fc", "branches"} and "branches" not in terms["ce"]
+    assert "student.layer2" in terms["ce_aux"] and not {"student.fc", "student.bn"} & terms["ce_aux"]
+
+
+@pytest.mark.parametrize("build", [lambda: frskd.resnet18(5, stem="cifar"), lambda: frskd.WideResNet(16, 2, 5)])
+def test_branches_of_one_are_the_last_stage_initialised_anew(build):
+    """With the student's weights a branch gives the student's logits; it starts from others."""
+    student = build()
+    x, last = torch.randn(2, 3, 16, 16), [(n, m) for n, m in student.named_modules() if not list(m.children())]
+    branch = baselines.fresh_last_stage(student)
+    logits, feats = student.features(x)
+    assert not torch.allclose(branch(feats[-2]), logits)
+    conv = next(m for m in branch.modules() if isinstance(m, nn.Conv2d))
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * conv.out_channels)) ** 0.5, rel=0.1)  # He, fan out
+    stage = "layer4" if hasattr(student, "layer4") else "layer3"
+    # All of the stage but a WRN's first batch norm, which F_{n-1} is behind; the last batch norm, the classifier.
+    own = [m for n, m in last if n.split(".")[0] in (stage, "bn", "fc") and n != "layer3.0.bn1" * (stage == "layer3")]
+    own = [m for m in own if list(m.parameters())]
+    theirs = [m for m in branch.modules() if not list(m.children()) and sum(1 for _ in m.parameters())]
+    for module, twin in zip(theirs, own, strict=True):
+        module.load_state_dict(twin.state_dict())
+    assert_close(branch(feats[-2]), logits)
+
+
+def test_one_refuses_a_network_whose_last_stage_is_not_known():
+    student = frskd.Adapter(torchvision.models.squeezenet1_1(num_classes=5), ["features.3", "features.7"], 64)
+    with pytest.raises(ValueError, match="where the last stage of a Adapter begins is not known"):
+        baselines.ONE(student, 5)
+
+
+def test_mmd_by_hand():
+    """Rows a (1, 0), (0, 1), b (2, 0), (2, 0): 1.5^2 + 0.5^2. The mean over channels too would give 0.25."""
+    a, b = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[2.0, 0], [2, 0]])
+    assert baselines.maximum_mean_discrepancy(a, b).item() == 2.5
+    assert baselines.maximum_mean_discrepancy(a.flip(0), b).item() == 2.5  # the order of images does not count
+    assert baselines.maximum_mean_discrepancy(a, b.flip(1)).item() == 2.5 != 4.5
+    assert baselines.maximum_mean_discrepancy(torch.tensor([[3.0, 0]]), b.flip(1)).item() == 13  # 1 unpermuted
+
+
+def test_terms_of_ddgsd_written_out():
+    """Both views in one batch; KD both ways, each with the other as its target; MMD of the pooled last maps."""
+    student, x, y = student_and_batch(8)
+    method = baselines.DDGSD(student, alpha=2, beta=3)
+    z, feats = student.features(x)
+    h = feats[-1].mean((2, 3))
+    terms, logits = method(x, y)
+    assert_close(logits, z[:4].detach())
+    assert_close(terms["ce"], F.cross_entropy(z[:4], y) + F.cross_entropy(z[4:], y))
+    both = [frskd.soft_label_distillation(z[:4], z[4:], 3), frskd.soft_label_distillation(z[4:], z[:4], 3)]
+    assert_close(terms["kd"], 2 * sum(both))
+    assert_close(terms["feat"], 3 * (h[:4].mean(0) - h[4:].mean(0)).pow(2).sum())
+    ours, expected = (
+        torch.autograd.grad(t, student.conv1.weight, retain_graph=True)[0] for t in (terms["kd"], 2 * sum(both))
+    )
+    assert_close(ours, expected)
+    assert parts_of(method, terms["feat"]) == BLOCKS
+
+
+def test_terms_of_byot_written_out():
+    """Heads end at the size of the last map; (1 - alpha) scales all cross-entropies; the features' sum is over batch
+    and channels."""
+    student, x, y = student_and_batch()
+    method = baselines.BYOT(student, 5, alpha=0.3, beta=0.01)
+    z_n, feats = student.features(x)
+    maps = [neck(f) for neck, f in zip(method.necks, feats)]
+    assert [m.shape for m in maps] == [feats[-1].shape] * 2
+    h = [m.mean((2, 3)) for m in maps]
+    z = [head(h_i) for head, h_i in zip(method.heads, h)]
+    terms, logits = method(x, y)
+    assert_close(logits, z_n.detach())
+    assert_close(terms["ce"], 0.7 * F.cross_entropy(z_n, y))
+    assert_close(terms["ce_aux"], 0.7 * (F.cross_entropy(z[0], y) + F.cross_entropy(z[1], y)))
+    assert_close(terms["kd"], 0.3 * sum(frskd.soft_label_distillation(z_i, z_n, 3) for z_i in z))
+    h_n = feats[-1].mean((2, 3))
+    assert_close(terms["feat"], 0.01 * sum(((h_i - h_n) ** 2).sum() for h_i in h))
+
+
+def test_the_deepest_classifier_of_byot_teaches_and_does_not_learn_from_the_others():
+    student, x, y = student_and_batch()
+    method = baselines.BYOT(student, 5)
+    shallow = {"student.conv1", "student.layer1", "student.layer2", "student.layer3", "necks"}
+    for name in ("kd", "feat"):
+        reached = gradients(method, method(x, y)[0][name])
+        assert parts_of(method, method(x, y)[0][name]) - {"heads"} == shallow
+        # of layer3 only the batch norm that makes F_2
+        assert {n for n in reached if "layer3" in n} == {"student.layer3.0.bn1.weight", "student.layer3.0.bn1.bias"}
+
+
+@pytest.mark.parametrize("size", [16, 19, 33])
+def test_heads_of_byot_end_at_the_size_of_the_last_map(size):
+    student = frskd.resnet18(5, stem="cifar")
+    method = baselines.BYOT(student, 5, image_size=size)
+    _, feats = student.features(torch.zeros(2, 3, size, size))
+    sizes = [neck(f).shape[-1] for neck, f in zip(method.necks, feats)]
+    assert len(sizes) == 3 and all(
+        s == f.shape[-1] // (f.shape[-1] // feats[-1].shape[-1]) for s, f in zip(sizes, feats)
+    )
+    assert size != 16 or sizes == [2, 2, 2]
+
+
+def test_attention_of_sad_by_hand():
+    """Square, then resize, then softmax; resizing first would give 0.00627947."""
+    f1, f2 = (torch.arange(16.0) / 8).view(1, 1, 4, 4), torch.tensor([[1.0, 0], [0, 2]]).view(1, 1, 2, 2)
+    psi1, psi2 = (baselines.spatial_attention(f, (4, 4)) for f in (f1, f2))
+    assert F.mse_loss(psi1, psi2).item() == pytest.approx(0.00268099, abs=1e-8)
+    assert_close(psi2.sum(1), torch.ones(1))
+    assert_close(
+        baselines.spatial_attention(f2.repeat(1, 2, 1, 1), (2, 2)), F.softmax(torch.tensor([[2.0, 0, 0, 8]]), 1)
+    )
+
+
+def test_sad_makes_each_block_imitate_the_next_after_two_thirds_of_the_epochs():
+    student, x, y = student_and_batch()
+    method = baselines.SAD(student, beta=7)
+    _, feats = student.features(x)
+    psi = baselines.spatial_attention
+    expected = sum(F.mse_loss(psi(a, a.shape[-2:]), psi(b, a.shape[-2:])) for a, b in zip(feats, feats[1:]))
+    assert_close(method(x, y)[0]["feat"], 7 * expected)
+    reached = gradients(method, method(x, y)[0]["feat"])
+    assert "student.layer3.0.bn1.weight" in reached  # makes F_2
+    assert not any(n.startswith(("student.layer3.0.conv", "student.bn")) for n in reached)  # F_3 is a target only
+    started = []
+    for epoch in range(9):
+        method.set_epoch(epoch, 9)
+        started.append("feat" in method(x, y)[0])
+    assert started == [False] * 6 + [True] * 3
+
+
+def test_partner_of_cs_kd_teaches_without_gradient_in_a_pass_of_its_own():
+    """Both passes normalise by their own batch, and both enter the running statistics."""
+    student, x, y = student_and_batch(8)
+    method = baselines.CSKD(student, alpha=3)
+    x.requires_grad_()
+    terms, logits = method(x, y)
+    assert int(student.bn.num_batches_tracked) == 2
+    z, z_t = student(x[:4]), student(x[4:])
+    assert_close(logits, z.detach())
+    assert_close(terms["ce"], F.cross_entropy(z, y))
+    assert_close(terms["kd"], 3 * frskd.soft_label_distillation(z, z_t, 4))
+    (gradient,) = torch.autograd.grad(sum(terms.values()), x)
+    assert gradient[:4].abs().sum() > 0 and gradient[4:].abs().sum() == 0
+
+
+def test_terms_of_sla_sd_written_out():
+    """One pass of the 4 B views; the plain head is read on the upright ones; T = 1."""
+    student, x, y = student_and_batch()
+    method = baselines.SLASD(student, 5, alpha=2)
+    z, feats = student.features(frskd.rotations(x))
+    joint, upright = method.joint(feats[-1].mean((2, 3))), z[[0, 4, 8, 12]]
+    terms, logits = method(x, y)
+    assert_close(logits, upright.detach())
+    assert_close(terms["ce"], F.cross_entropy(upright, y))
+    labels = torch.tensor([4 * int(label) + r for label in y for r in range(4)])
+    assert_close(terms["ce_joint"], F.cross_entropy(joint, labels))
+    assert_close(terms["kd"], 2 * frskd.soft_label_distillation(upright, frskd.aggregate(joint), 1))
+    assert "joint" not in parts_of(method, terms["kd"])
+    with pytest.raises(ValueError, match="class indices"):
+        method(x, F.one_hot(y, 5).float())
+
+
+def pretrained(loss=None, **kwargs):
+    """A student of two maps' worth of width, its teacher wider and deeper, both with statistics of their own."""
+    torch.manual_seed(0)
+    student, teacher = frskd.WideResNet(10, 1, 5), frskd.WideResNet(16, 2, 5)
+    for _ in range(3):
+        teacher(torch.randn(8, 3, 16, 16))
+    losses = {
+        "at": lambda: frskd.attention_transfer,
+        "fitnet": lambda: baselines.Hint(student.channels, teacher.channels),
+        "od": lambda: frskd.Overhaul(student.channels, teacher.norms),
+    }
+    return baselines.Distillation(student, teacher, feature_loss=losses[loss]() if loss else None, **kwargs)
+
+
+def test_terms_of_distillation_written_out():
+    """CE + alpha KD_4, the teacher at rest: its running statistics, not the batch's, and they stay."""
+    method, (x, y) = pretrained(alpha=2).train(), batch()
+    before = {name: t.clone() for name, t in method.teacher.state_dict().items()}
+    terms, logits = method(x, y)
+    z, z_t = method.student(x), method.teacher.eval()(x)
+    assert_close(logits, z.detach())
+    assert_close(terms, {"ce": F.cross_entropy(z, y), "kd": 2 * frskd.soft_label_distillation(z, z_t, 4)})
+    assert all(torch.equal(before[name], t) for name, t in method.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("loss", ["at", "fitnet", "od"])
+def test_a_pretrained_teacher_gets_no_gradient(loss):
+    method = pretrained(loss, beta=2)
+    terms, _ = method(*batch())
+    reached = gradients(method, terms["feat"])
+    assert "student.conv1.weight" in reached and not any(name.startswith("teacher") for name in reached)
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+def test_features_of_a_pretrained_teacher():
+    """ATT on all maps; FitNet's hint on the second alone; both of the teacher at rest."""
+    x, y = batch()
+    for loss in ("at", "fitnet"):
+        method = pretrained(loss, beta=2).train()
+        terms, _ = method(x, y)
+        feats, feats_t = method.student.features(x)[1], method.teacher.features(x)[1]
+        if loss == "at":
+            expected = frskd.attention_transfer(feats, feats_t)
+        else:
+            (regressor,) = method.feature_loss.regressors
+            expected = F.mse_loss(regressor(feats[1]), feats_t[1])
+        assert_close(terms["feat"], 2 * expected)
+
+
+def test_overhaul_from_a_trained_teacher():
+    """Margins from the teacher's own batch norms; the teacher normalises by the batch, as they take for granted."""
+    method, (x, y) = pretrained("od", beta=2).train(), batch()
+    norms = [method.teacher.layer2[0].bn1, method.teacher.layer3[0].bn1, method.teacher.bn]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    terms, _ = method(x, y)
+    assert method.teacher.training and not method.eval().teacher.training
+    method.train()
+    pre, (z_t, _, pre_t) = method.student.features(x, preact=True)[2], method.teacher.features(x, preact=True)
+    expected = 0
+    for k, (norm, connector) in enumerate(zip(norms, method.feature_loss.connectors)):
+        lowest = frskd.margin(norm.weight, norm.bias).view(1, -1, 1, 1)
+        expected += 2.0 ** (k - 2) * frskd.partial_l2(connector(pre[k]), torch.maximum(pre_t[k], lowest))
+    assert_close(terms["feat"], 2e-3 * expected)
+    assert_close(terms["kd"], frskd.soft_label_distillation(method.student(x), z_t, 4))
+
+
+@pytest.mark.parametrize("build", [lambda: frskd.resnet34(5, stem="cifar"), lambda: frskd.WideResNet(16, 1, 5)])
+def test_norms_are_the_last_in_front_of_each_map(build):
+    """Of a WRN they make the maps; of a ResNet the residual branch that a stage ends in."""
+    net, outputs = build(), []
+    for norm in net.norms:
+        norm.register_forward_hook(lambda module, args, output: outputs.append(output))
+    _, _, pre = net.features(torch.randn(2, 3, 16, 16), preact=True)
+    assert [o.shape for o in outputs] == [p.shape for p in pre]
+    if isinstance(net, frskd.WideResNet):
+        assert all(map(torch.equal, outputs, pre))
+    else:
+        assert [n for n, m in net.named_modules() if m in net.norms] == [
+            "layer1.2.bn2", "layer2.3.bn2", "layer3.5.bn2", "layer4.2.bn2"
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["none", "at", "fitnet", "od"])
+def test_resnet34_teaches_resnet18(loss):
+    """Table 7's pair, one step of each feature loss."""
+    args = train.resolve(given("--dataset cifar100 --method kd --feature-loss", loss, "--device cpu"))
+    assert (args.arch, args.teacher_arch) == ("resnet18", "resnet34")
+    method = train.build_method(train.CLASSIFICATION, args, 5)
+    optimizer = torch.optim.SGD(method.parameters(), 0.01)
+    terms, _ = method(*batch(2, 32))
+    sum(terms.values()).backward()
+    before = method.student.conv1.weight.clone()
+    optimizer.step()
+    assert set(terms) == {"ce", "kd"} | ({"feat"} if loss != "none" else set())
+    assert all(t.isfinite() for t in terms.values()) and not torch.equal(before, method.student.conv1.weight)
+
+
+def test_distillation_refuses_maps_that_differ_in_number_and_overhaul_an_adapter():
+    with pytest.raises(ValueError, match="the student has 3 maps, the teacher 4"):
+        baselines.Distillation(
+            frskd.WideResNet(10, 1, 5), frskd.resnet18(5), feature_loss=frskd.attention_transfer, beta=1
+        )
+    net = torchvision.models.squeezenet1_1(num_classes=5)
+    student, teacher = frskd.Adapter(net, ["features.3", "features.6", "features.9"], 64), frskd.WideResNet(10, 1, 5)
+    with pytest.raises(ValueError, match="before their ReLU"):
+        baselines.Distillation(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher.norms))
 
 
 # -------------------------------------------------------------------------------------------------- the students
@@ -1406,6 +1767,78 @@ def test_mixing_depends_on_seed_epoch_and_step_alone(size):
     assert reference[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("size, workers", [(8, 0), (72, 0), (72, 2)])
+@pytest.mark.parametrize("pairs", ["view", "class"])
+def test_what_goes_with_each_image(pairs, size, workers):
+    """2 B images and B labels: a view of the same image, or one of its class; the first half is as without pairs."""
+    images = torch.randint(256, (30, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(3).repeat_interleave(torch.tensor([5, 10, 15]))
+    split = data.Split(images, labels)
+    kwargs = dict(train=True, batch_size=8, image_size=size, seed=1)
+    plain, paired, again = (data.make_loader(split, workers=w, **kwargs) for w in (0, workers, 0))
+    paired.pairs = again.pairs = pairs
+    batches = list(paired.epoch(2))
+    assert [(len(x), len(y)) for x, y in batches] == [(16, 8)] * 3 + [(12, 6)]
+    for (x, y), (x_plain, y_plain), (x_again, y_again) in zip(batches, plain.epoch(2), again.epoch(2), strict=True):
+        assert torch.equal(y, y_plain) and torch.equal(x[: len(y)], x_plain)
+        assert (
+            torch.equal(x, x_again) and torch.equal(y, y_again) and x.is_contiguous(memory_format=torch.channels_last)
+        )
+        assert all(not torch.equal(a, b) for a, b in zip(*x.chunk(2)))
+    partners = paired.partners(2)
+    assert torch.equal(labels[partners], labels)
+    assert torch.equal(partners, torch.arange(30)) == (pairs == "view")
+    assert torch.equal(paired.partners(3), partners) == (pairs == "view")
+
+
+def test_second_half_of_a_batch_is_the_partners(tmp_path):
+    """Image i is all i: the loader reads what `partners` says, in both loaders."""
+    for size in (8, 72):
+        images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, size, size, 3).contiguous()
+        split = data.Split(images, torch.arange(4).repeat_interleave(10))
+        loader = data.make_loader(split, train=True, batch_size=40, image_size=size, stats=((0,) * 3, (1 / 255,) * 3))
+        loader.pairs = "class"
+        ((x, y),) = loader.epoch(0)
+        shown = x.amax((1, 2, 3)).round().long()  # above the zero padding
+        assert sorted(shown[:40].tolist()) == list(range(40)) and torch.equal(y, split.labels[shown[:40]])
+        assert torch.equal(shown[40:], loader.partners(0)[shown[:40]])
+
+
+def test_partners_are_drawn_uniformly_from_the_whole_class():
+    """CS-KD: the image itself included; so about one in five of five."""
+    labels = torch.arange(2).repeat_interleave(torch.tensor([5, 8]))
+    _, loader = device_loader(n=13)
+    loader.split.labels, loader.pairs = labels, "class"
+    drawn = torch.stack([loader.partners(epoch) for epoch in range(2000)])  # (2000, 13)
+    counts = torch.stack([(drawn == i).sum(0) for i in range(13)])  # how often i goes with j
+    assert (counts[:5, :5] / 2000 - 0.2).abs().max() < 0.05 and (counts[5:, 5:] / 2000 - 0.125).abs().max() < 0.05
+    assert counts[5:, :5].sum() == counts[:5, 5:].sum() == 0
+
+
+def test_an_epoch_of_cifar100_has_391_batches_of_pairs():
+    """50,000 / 128; anchors are a permutation, the last batch has 80 and 80."""
+    split = data.Split(torch.zeros(50_000, 1, 1, 3, dtype=torch.uint8), torch.arange(100).repeat_interleave(500))
+    loader = data.DeviceLoader(split, train=True, batch_size=128, seed=0, stats=data.STATS["cifar"], device="cpu")
+    loader.pairs = "class"
+    sizes = [(len(x), len(y)) for x, y in loader.epoch(0)]
+    assert len(sizes) == len(loader) == 391 and sizes[0] == (256, 128) and sizes[-1] == (160, 80)
+    assert torch.equal(torch.cat(loader.batches(0)).sort().values, torch.arange(50_000))
+
+
+def test_both_views_are_mixed_alike():
+    """Same pairs, same lambda: the labels of the second half are those of the first."""
+    images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 3).contiguous()
+    mix = v2.MixUp(alpha=1.0, num_classes=40)
+    loader = data.make_loader(data.Split(images, torch.arange(40)), train=False, batch_size=10, image_size=8,
+                              stats=((0,) * 3, (1 / 255,) * 3), mix=mix)  # fmt: skip
+    loader.pairs = "view"
+    for x, y in loader.epoch(1):
+        a, b = x.mean((1, 2, 3)).chunk(2)
+        assert y.shape == (10, 40)
+        assert_close(a, b)
+        assert_close(a, y @ torch.arange(40.0), rtol=1e-4, atol=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------- train.py
 
 
@@ -1507,6 +1940,15 @@ def test_learning_rate_falls_at_the_milestones(tmp_path):
         ("--feature-loss od --beta 0.01", "frskd-od"),
         ("--feature-loss od --beta 100", "frskd-od-beta100"),
         ("--feature-loss fitnet --teacher bifpn --channels 128 --sla", "frskd+sla-fitnet-bifpn128"),
+        ("--method one", "one"),
+        ("--method one --alpha 2 --temperature 4", "one-t4-alpha2"),
+        ("--method byot --mixup", "byot+mixup0.2"),
+        ("--method cskd --alpha 3", "cskd-alpha3"),
+        ("--method cskd --image-size 72 --alpha 3", "cskd-px72"),
+        ("--method kd --teacher-checkpoint x", "kd"),
+        ("--method kd --teacher-checkpoint x --feature-loss at", "kd-at"),
+        ("--method kd --teacher-checkpoint x --feature-loss od --teacher-arch resnet18", "kd-od-resnet18"),
+        ("--method kd --teacher-checkpoint x --feature-loss fitnet --beta 50", "kd-fitnet-beta50"),
     ],
 )
 def test_a_run_is_named_by_what_changes_its_result(options, name):
@@ -1868,6 +2310,129 @@ def test_student_of_every_variant_is_the_plain_network(tmp_path, capsys):
     assert "top-1 {top1:.2f} top-5 {top5:.2f}".format(**log_of(tmp_path)[-1]) in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher for --method kd: a finished run of a deeper network."""
+    folder = tmp_path_factory.mktemp("teacher")
+    assert main(TINY, "--arch wrn16_1 --method baseline --epochs 1 --output".split(), folder) == 0
+    return folder / "student.pt"
+
+
+COMPARED = {  # options -> name of the run, terms in its log
+    "--method one": ("one", "ce ce_aux ce_e kd"),
+    "--method ddgsd": ("ddgsd", "ce kd feat"),
+    "--method byot": ("byot", "ce ce_aux kd feat"),
+    "--method sad": ("sad", "ce feat"),
+    "--method cskd": ("cskd", "ce kd"),
+    "--method slasd": ("slasd", "ce ce_joint kd"),
+    "--method kd": ("kd-wrn16_1", "ce kd"),
+    "--method kd --feature-loss fitnet": ("kd-fitnet-wrn16_1", "ce kd feat"),
+    "--method kd --feature-loss at": ("kd-at-wrn16_1", "ce kd feat"),
+    "--method kd --feature-loss od": ("kd-od-wrn16_1", "ce kd feat"),
+    "--method ddgsd --cutmix": ("ddgsd+cutmix", "ce kd feat"),
+}
+
+
+@pytest.mark.parametrize("options", COMPARED)
+def test_every_compared_method_trains_resumes_and_exports_the_plain_network(tmp_path, teacher, capsys, options):
+    """Bit for bit; branches, heads, connectors and a pretrained teacher are in the checkpoint, not in student.pt."""
+    name, terms = COMPARED[options]
+    options = TINY + "--epochs 3 --milestones none".split() + options.split()
+    if "kd" in options:
+        file = tmp_path / "teacher.pt"
+        shutil.copy(teacher, file)
+        options += ["--teacher-arch", "wrn16_1", "--teacher-checkpoint", file]
+    assert main(options, "--output", tmp_path / "whole") == 0
+    interrupted(capsys, tmp_path / "cut", 1, signal.SIGINT, options, "--output", tmp_path / "cut")
+    if "kd" in options:
+        file.unlink()  # not needed again
+    assert main("--resume", tmp_path / "cut") == 0
+    assert same_run(tmp_path / "whole", tmp_path / "cut")
+    log = log_of(tmp_path / "whole")
+    assert set(terms.split()) <= set(log[-1]) and not {"ce_t", "ce_aux", "ce_e", "ce_joint", "feat"} - set(
+        terms.split()
+    ) & set(log[-1])
+    assert json.loads((tmp_path / "whole/args.json").read_text())["name"] == f"{name}-bs16-px16-n8-e3-msnone"
+    state = torch.load(tmp_path / "whole/student.pt", weights_only=True)
+    frskd.WideResNet(10, 1, 8).load_state_dict(state, strict=True)
+    capsys.readouterr()
+    assert main("--eval", tmp_path / "whole/student.pt") == 0
+    assert "top-1 {top1:.2f} top-5 {top5:.2f}".format(**log[-1]) in capsys.readouterr().out
+    assert main("--eval", tmp_path / "whole/last.pt", "--attention", "--output", tmp_path) == 0
+
+
+@pytest.mark.parametrize("method", ["cskd", "ddgsd", "sad"])
+def test_compared_methods_train_on_large_images_with_workers(tmp_path, capsys, method):
+    """Partners and views come from the sampler, the same with any number of workers, here of an adapter's network."""
+    where = class_folders(tmp_path / "images", size=80)
+    options = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        where,
+        *MOBILENET,
+        "--epochs",
+        2,
+        "--method",
+        method,
+        "--device",
+        "cpu",
+    ]
+    main(options, "--workers", 2, "--output", tmp_path / "two")
+    main(options, "--workers", 0, "--output", tmp_path / "none")
+    assert same_run(tmp_path / "two", tmp_path / "none")
+
+
+def test_a_teacher_of_torchvision_teaches_by_soft_labels(tmp_path):
+    net = torchvision.models.squeezenet1_1(num_classes=8)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    options = "--method kd --teacher-arch squeezenet1_1 --image-size 32 --epochs 1 --teacher-checkpoint".split()
+    assert main(TINY, options, tmp_path / "net.pt", "--output", tmp_path / "run") == 0
+    assert all(torch.equal(t, weights(tmp_path / "run")[f"teacher.{name}"]) for name, t in net.state_dict().items())
+
+
+def test_teacher_of_a_run_is_the_one_in_the_file(tmp_path, teacher):
+    options = "--method kd --epochs 1 --teacher-arch wrn16_1 --teacher-checkpoint".split()
+    assert main(TINY, options, teacher, "--output", tmp_path) == 0
+    saved, state = weights(tmp_path), torch.load(teacher, weights_only=True)
+    assert all(torch.equal(saved[f"teacher.{name}"], t) for name, t in state.items())
+
+
+def test_other_methods_have_their_own_weights():
+    """alpha, beta and K: ONE 1, 3; DDGSD 1, 5e-4, 3; BYOT 0.1, 1e-6, 3; SAD 0.1; CS-KD 1 (3 above 64 px), 4; SLA-SD
+    1, 1; KD 1, 4 with FitNet 100, ATT 1000, overhaul 1."""
+
+    def built(*options):
+        args = train.resolve(given("--arch wrn10_1 --dataset cifar100 --device cpu", *options))
+        return train.build_method(train.CLASSIFICATION, args, 5)
+
+    values = {
+        name: tuple(getattr(built("--method", name), key, None) for key in ("alpha", "beta", "temperature"))
+        for name in SELF_DISTILLATION
+    }
+    assert values == dict(one=(1, None, 3), ddgsd=(1, 5e-4, 3), byot=(0.1, 1e-6, 3), sad=(None, 0.1, None),
+                          cskd=(1, None, 4), slasd=(1, None, 1))  # fmt: skip
+    betas = [built("--method kd --teacher-arch wrn16_1 --feature-loss", f).beta for f in ("none", "fitnet", "at", "od")]
+    assert betas == [0, 100, 1000, 1]
+    method = built("--method kd --teacher-arch wrn16_1 --feature-loss fitnet --beta 7 --alpha 2 --temperature 5")
+    assert (method.alpha, method.beta, method.temperature) == (2, 7, 5) and type(method.feature_loss) is baselines.Hint
+    assert type(built("--method kd --teacher-arch wrn16_1 --feature-loss od").feature_loss) is frskd.Overhaul
+    assert built("--method byot --alpha 0.2 --beta 0.5 --temperature 2").alpha == 0.2
+    for dataset, alpha in (("cub200", 3), ("imagenet", 3), ("tinyimagenet", 1)):
+        assert train.resolve(given("--method cskd --dataset", dataset)).alpha == alpha
+    assert train.resolve(given("--method cskd --image-size 72")).alpha == 3
+
+
+def test_bench_prints_time_and_operations_of_each_method(monkeypatch, capsys):
+    """Over the baseline's; a partner without gradient costs a third of a step, as counted."""
+    monkeypatch.setattr(train, "BENCHED", ("--method baseline", "--method cskd"))
+    assert main("--bench") == 0
+    *_, header, _, baseline, cskd = capsys.readouterr().out.splitlines()
+    assert header == "| method | images/s | baseline steps | counted |" and baseline.endswith("| 1.00 | 1.00 |")
+    assert re.fullmatch(r"\| cskd \| \d+ \| \d\.\d\d \| 1\.33 \|", cskd)
+    assert "--bench goes without any other option" in refused(capsys, "--bench", "--epochs", 3)
+
+
 def test_resume_without_a_path_takes_mixup_without_a_value(tmp_path, capsys):
     """The same command again, as an elastic restart gives it."""
     options = TINY + ["--epochs", 1, "--mixup", "--resume", "--output", tmp_path]
@@ -1953,6 +2518,47 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--dataset folder --mixup --cutmix", "--cutmix does not go with --mixup"),
         ("--dataset cub200 --sla --mixup", "--mixup does not go with --sla"),
         ("--dataset cub200 --sla --cutmix 0.5", "--cutmix does not go with --sla"),
+        ("--dataset folder --method slasd --mixup", "--mixup does not go with --method slasd"),
+        ("--dataset folder --method slasd --cutmix", "--cutmix does not go with --method slasd"),
+        ("--dataset folder --method cskd --mixup", "--mixup does not go with --method cskd"),
+        ("--dataset folder --method cskd --cutmix", "--cutmix does not go with --method cskd"),
+        ("--dataset folder --method one --beta 3", "--beta has no effect with --method one"),
+        ("--dataset folder --method sad --alpha 3", "--alpha has no effect with --method sad"),
+        ("--dataset folder --method cskd --sla", "--sla has no effect with --method cskd"),
+        ("--dataset folder --method byot --feature-loss od", "--feature-loss has no effect with --method byot"),
+        ("--dataset folder --method kd --teacher bifpn", "--teacher has no effect with --method kd"),
+        ("--dataset folder --teacher-arch resnet34", "--teacher-arch has no effect with --method frskd"),
+        (
+            "--dataset folder --method one --teacher-checkpoint x",
+            "--teacher-checkpoint has no effect with --method one",
+        ),
+        (
+            "--dataset cub200 --method kd",
+            "--method kd needs --teacher-checkpoint FILE, the student.pt of a trained resnet34",
+        ),
+        (
+            "--dataset cub200 --method kd --teacher-checkpoint x --beta 3",
+            "--beta has no effect with --feature-loss none",
+        ),
+        (
+            "--dataset cub200 --method kd --teacher-checkpoint x --teacher-arch y",
+            "--teacher-arch y: neither of frskd.py",
+        ),
+        (
+            "--dataset cub200 --method kd --teacher-checkpoint x --teacher-arch resnet50 --feature-loss at",
+            "--feature-loss at compares maps, which --teacher-arch resnet50 does not give",
+        ),
+        (
+            "--dataset cub200 --method kd --teacher-checkpoint x --feature-loss at --arch wrn16_2",
+            "--feature-loss at compares maps: --arch wrn16_2 has 3, --teacher-arch resnet34 has 4",
+        ),
+        (
+            "--dataset cub200 --method kd --teacher-checkpoint x --feature-loss at --arch mobilenet_v2 --blocks a,b",
+            "--feature-loss at compares maps: --arch mobilenet_v2 has 2, --teacher-arch resnet34 has 4",
+        ),
+        ("--dataset folder --feature-loss none", "--feature-loss none is for --method kd"),
+        ("--dataset cub200 --method one --arch mobilenet_v2 --blocks a,b", "--method one copies the last stage"),
+        ("--dataset cub200 --method kd --teacher-checkpoint /nowhere", "--teacher-checkpoint: no such file: /nowhere"),
         ("--dataset folder --method baseline --sla", "--sla has no effect with --method baseline"),
         ("--dataset folder --method baseline --feature-loss od", "--feature-loss has no effect with --method base"),
         ("--dataset folder --beta 0 --feature-loss od", "--feature-loss has no effect with --beta 0"),
