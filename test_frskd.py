@@ -2524,6 +2524,7 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--dataset folder --method cskd --cutmix", "--cutmix does not go with --method cskd"),
         ("--dataset folder --method one --beta 3", "--beta has no effect with --method one"),
         ("--dataset folder --method sad --alpha 3", "--alpha has no effect with --method sad"),
+        ("--dataset folder --method byot --alpha 1.5", "--alpha 1.5: byot weights cross-entropy by 1 - alpha"),
         ("--dataset folder --method cskd --sla", "--sla has no effect with --method cskd"),
         ("--dataset folder --method byot --feature-loss od", "--feature-loss has no effect with --method byot"),
         ("--dataset folder --method kd --teacher bifpn", "--teacher has no effect with --method kd"),
@@ -3593,7 +3594,7 @@ def test_download_of_voc_fetches_what_is_missing(tmp_path, served, monkeypatch):
 # ----------------------------------------------------------------------------------------------- the README
 
 
-@pytest.mark.parametrize("script, number", [(train, 90), (seg, 12)])
+@pytest.mark.parametrize("script, number", [(train, 150), (seg, 12)])
 def test_every_command_of_the_readme_is_understood(script, number):
     text = (HERE / "README.md").read_text()
     commands = re.findall(rf"python {script.__name__}\.py((?! --help)[^`\n]*)", text)
@@ -3601,16 +3602,18 @@ def test_every_command_of_the_readme_is_understood(script, number):
     for command in commands:
         command = command.split("#")[0].replace("$alpha", "1").replace("$beta", "50")
         options = given(command, script=script)
-        if not {"resume", "eval", "table", "cost"} & set(options):
+        if not {"resume", "eval", "table", "cost", "bench"} & set(options):
             script.check_options(options)
 
 
 def test_every_row_of_the_papers_tables_is_the_command_beside_it():
-    """Tables 1, 2, 3, 5, 6 and 8: data set, network, method, and nothing else that the recipe does not say."""
+    """Tables 1, 2, 3, 5, 6, 7 and 8: data set, network, method, and nothing else that the recipe does not say."""
     names = {"baseline": "baseline", "FRSKD\\F": "frskd-nofeat", "FRSKD": "frskd", "FRSKD+SLA": "frskd+sla"}
     names |= {"Fit+SKD": "frskd-fitnet", "OD+SKD": "frskd-od", "CutMix": "baseline+cutmix", "128": "frskd-bifpn128"}
     names |= {"FRSKD+CutMix": "frskd+cutmix", "256": "frskd-bifpn256", "Mixup": "baseline+mixup{}"}
     names |= {"FRSKD+Mixup": "frskd+mixup{}", "BiFPNc, 128": "frskd-w1", "BiFPNc, 256": "frskd"}
+    names |= {"ONE": "one", "DDGSD": "ddgsd", "BYOT": "byot", "SAD": "sad", "CS-KD": "cskd", "SLA-SD": "slasd"}
+    names |= {"FitNet": "kd-fitnet", "ATT": "kd-at", "Overhaul": "kd-od"}
     datasets = {"CIFAR-100": "cifar100", "TinyImageNet": "tinyimagenet", "CUB200": "cub200", "MIT67": "mit67"}
     datasets |= {"Dogs": "dogs", "Stanford40": "stanford40", "Self-teachers": "cifar100", "ImageNet": "imagenet"}
     networks = {"WRN-16-2": "wrn16_2", "ResNet-18": "resnet18", "ResNet-34": "resnet34"}
@@ -3626,11 +3629,13 @@ def test_every_row_of_the_papers_tables_is_the_command_beside_it():
             args = train.resolve(given(cells[3].strip("`").removeprefix("python train.py")))
             name = names.get(cells[0]) or names[method]
             assert (args.dataset, args.arch) == (dataset, network), line
+            teacher = f"runs/{dataset}-resnet34-baseline-s0/student.pt" if args.method == "kd" else None
+            assert args.teacher_checkpoint == teacher, line
             assert train.run_name(args) == name.format("0.3" if args.image_size > 64 else "0.2"), line
             rows += 1
         elif not cells:
             title = ""
-    assert rows == 16 + 16 + 4 + 12 + 4 + 24
+    assert rows == 40 + 40 + 4 + 12 + 4 + 18 + 24
 
 
 def test_every_row_of_table_4_is_the_command_beside_it():
@@ -3659,3 +3664,15 @@ def test_the_readmes_snippet_runs():
     names = dict(images=torch.randn(2, 3, 32, 32), labels=torch.tensor([1, 2]))
     exec(code, names)
     assert set(names["terms"]) == {"ce", "ce_t", "kd", "feat"}
+
+
+def test_the_readmes_method_of_ones_own_trains(tmp_path, monkeypatch):
+    """One class and one line: it has the command line, trains, is named and exports its student."""
+    (code,) = re.findall(r"```python\n(import train.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(code.strip().splitlines()) <= 13
+    monkeypatch.setattr(train, "METHODS", train.METHODS.copy())
+    monkeypatch.setattr(sys, "argv", ["mine.py", *TINY, "--method", "smoothing", "--epochs", "1"])
+    monkeypatch.setattr(train.CLASSIFICATION, "methods", train.METHODS)
+    exec(code, {})
+    (entry,) = log_of(tmp_path / "runs/shapes-wrn10_1-smoothing-bs16-px16-n8-e1-s0")
+    assert entry["ce"] > 0 and (tmp_path / "runs/shapes-wrn10_1-smoothing-bs16-px16-n8-e1-s0/student.pt").exists()

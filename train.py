@@ -333,7 +333,7 @@ def build_loaders(args, training=True):
 class Task:
     """What classification and segmentation differ in; command line, epochs and the folder of a run are shared.
 
-    given: the options of a command line, a dict. args: all values of a run.
+    given: the options of a command line, a dict. args: all values of a run. metric: the result among the metrics.
     """
 
     script: str  # "train.py"
@@ -1082,6 +1082,8 @@ def check_options(given):
         refuse(given, ["mixup", "cutmix"], "does not go with --method slasd, whose joint labels cannot be mixed")
     if method == "cskd":
         refuse(given, ["mixup", "cutmix"], "does not go with --method cskd, whose pairs are of one class")
+    if method == "byot" and given.get("alpha", 0) > 1:
+        raise UserError(f"--alpha {text(given['alpha'])}: byot weights cross-entropy by 1 - alpha, so 1 at most")
     if method == "kd":
         check_teacher(given)
     elif given.get("feature_loss") == "none":
