@@ -672,10 +672,15 @@ def test_gate_of_one_learns_from_the_ensembles_cross_entropy_alone():
 def test_branches_of_one_are_the_last_stage_initialised_anew(build):
     """With the student's weights a branch gives the student's logits; it starts from others."""
     student = build()
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 2)
     x, last = torch.randn(2, 3, 16, 16), [(n, m) for n, m in student.named_modules() if not list(m.children())]
     branch = baselines.fresh_last_stage(student)
     logits, feats = student.features(x)
     assert not torch.allclose(branch(feats[-2]), logits)
+    assert all((m.weight == 1).all() for m in branch.modules() if isinstance(m, nn.BatchNorm2d))
+    assert not torch.equal(branch[-1].weight, student.fc.weight)
     conv = next(m for m in branch.modules() if isinstance(m, nn.Conv2d))
     assert conv.weight.std().item() == pytest.approx((2 / (9 * conv.out_channels)) ** 0.5, rel=0.1)  # He, fan out
     stage = "layer4" if hasattr(student, "layer4") else "layer3"
@@ -752,6 +757,17 @@ def test_the_deepest_classifier_of_byot_teaches_and_does_not_learn_from_the_othe
         assert {n for n in reached if "layer3" in n} == {"student.layer3.0.bn1.weight", "student.layer3.0.bn1.bias"}
 
 
+def test_bottleneck_of_byot_is_1x1_kxk_1x1_each_with_batch_norm_and_relu():
+    conv1, bn1, _, conv2, bn2, _, conv3, bn3, _ = neck = baselines.Bottleneck(6, 16, 3)
+    assert [(c.kernel_size, c.stride, c.out_channels) for c in (conv1, conv2, conv3)] == [
+        ((1, 1), (1, 1), 4), ((3, 3), (3, 3), 4), ((1, 1), (1, 1), 16)
+    ]  # fmt: skip
+    x = torch.randn(2, 6, 9, 9)
+    expected = F.relu(bn3(conv3(F.relu(bn2(conv2(F.relu(bn1(conv1(x)))))))))
+    assert neck(x).shape == (2, 16, 3, 3)
+    assert_close(neck(x), expected)
+
+
 @pytest.mark.parametrize("size", [16, 19, 33])
 def test_heads_of_byot_end_at_the_size_of_the_last_map(size):
     student = frskd.resnet18(5, stem="cifar")
@@ -820,6 +836,7 @@ def test_terms_of_sla_sd_written_out():
     assert_close(terms["ce_joint"], F.cross_entropy(joint, labels))
     assert_close(terms["kd"], 2 * frskd.soft_label_distillation(upright, frskd.aggregate(joint), 1))
     assert "joint" not in parts_of(method, terms["kd"])
+    assert parts_of(method, method(x, y)[0]["ce_joint"]) == BLOCKS | {"joint"}
     with pytest.raises(ValueError, match="class indices"):
         method(x, F.one_hot(y, 5).float())
 
@@ -2200,7 +2217,7 @@ def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, c
     assert f"python train.py {shlex.join(options)} --overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", ["", "--method baseline", "--sla --feature-loss od"])
+@pytest.mark.parametrize("options", ["", "--method baseline", "--sla --feature-loss od", "--method one"])
 def test_compiled_training_gives_the_same_losses(tmp_path, options):
     for name, extra in (("eager", []), ("compiled", ["--compile", "aot_eager"])):
         assert main(TINY, "--epochs 1 --output".split(), tmp_path / name, options.split(), extra) == 0
@@ -2221,6 +2238,23 @@ def test_a_smaller_last_batch_runs_uncompiled():
     with train.StopOnSignal() as stop:
         train.train_epoch(ON_CPU, compiled, method, loader, optimizer, 0, stop)
     assert sizes == [4, 4]
+
+
+def test_a_pair_counts_as_one_image():
+    """Of a batch with partners: what is compiled takes the whole one, images_per_s counts the labels."""
+    method, sizes = baselines.CSKD(frskd.WideResNet(10, 1, 10)), []
+
+    def compiled(x, y):
+        sizes.append((len(x), len(y)))
+        return method(x, y)
+
+    loader, optimizer = device_loader(n=10)[1], torch.optim.SGD(method.parameters(), 0.1)
+    loader.split.labels[1] = 0
+    loader.pairs = method.pairs
+    with train.StopOnSignal() as stop:
+        _, clock = train.train_epoch(ON_CPU, compiled, method, loader, optimizer, 0, stop)
+    assert sizes == [(8, 4)] * 2
+    assert clock["images_per_s"] * clock["seconds"] == pytest.approx(10)
 
 
 def test_bf16_autocast_trains_near_float32(run, tmp_path):
