@@ -609,6 +609,14 @@ def test_a_step_costs_what_the_docstring_counts(name, build):
     assert ratio == pytest.approx(float(costs[build is not frskd.wrn16_2]), abs=0.01)
 
 
+def test_operations_of_a_step_by_hand():
+    """Forward, and backward once for the weights and once for the input where that has a gradient; a multiply-add is
+    two; depthwise convolutions count as they are."""
+    layers = [nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert train.step_flops(frskd.Baseline(net)) == 2 * 2 * 1024 * (2 * 6 * 3 * 9 + 3 * 6 * 9)
+
+
 @pytest.mark.parametrize("name", SELF_DISTILLATION)
 def test_every_method_trains_all_that_it_adds_and_returns_the_students_logits(name):
     student, x, y = student_and_batch(8 if name in ("ddgsd", "cskd") else 4)
@@ -2263,6 +2271,7 @@ def test_bf16_autocast_trains_near_float32(run, tmp_path):
 
 
 VARIANTS = {  # options -> name; one run of each, below one folder
+    "--method sad": "sad",
     "--method baseline": "baseline",
     "--method baseline --cutmix": "baseline+cutmix",
     "--method baseline --mixup": "baseline+mixup0.2",
@@ -2286,7 +2295,7 @@ def test_every_variant_trains_under_a_name_of_its_own_and_the_table_tells_them_a
         assert main(TINY, "--epochs 1".split(), options.split()) == 0
         (entry,) = log_of(tmp_path / f"runs/shapes-wrn10_1-{name}-bs16-px16-n8-e1-s0")
         terms = {"ce"}
-        if "baseline" not in name:
+        if "frskd" in name:
             terms |= {"ce_t", "kd"} | ({"feat"} if "nofeat" not in name else set())
         if "sla" in name:
             terms |= {"ce_joint", "ce_joint_t", "kd_joint", "kd_joint_t"}
@@ -2297,9 +2306,8 @@ def test_every_variant_trains_under_a_name_of_its_own_and_the_table_tells_them_a
     out = capsys.readouterr().out
     rows = re.findall(r"^\| (\S+)-bs16-px16-n8-e1 \| \d+\.\d\d ", out, re.M)
     assert "alpha down" not in out  # FRSKD and FRSKD\\F differ in beta alone: no grid
-    assert sorted(rows) == sorted(VARIANTS.values()) and [row.startswith("base") for row in rows[:4]] == [True] * 3 + [
-        False
-    ]
+    assert sorted(rows) == sorted(VARIANTS.values())
+    assert [re.split("[+-]", row)[0] for row in rows] == ["baseline"] * 3 + ["sad"] + ["frskd"] * (len(rows) - 4)
 
 
 @pytest.mark.parametrize(
@@ -2425,6 +2433,22 @@ def test_a_teacher_of_torchvision_teaches_by_soft_labels(tmp_path):
     assert all(torch.equal(t, weights(tmp_path / "run")[f"teacher.{name}"]) for name, t in net.state_dict().items())
 
 
+def test_a_file_that_is_no_teacher_is_refused(tmp_path, teacher, capsys):
+    options = TINY + "--method kd --teacher-arch wrn16_1 --teacher-checkpoint".split()
+    (tmp_path / "text.pt").write_text("no teacher")
+    torch.save([1], tmp_path / "list.pt")
+    torch.save(frskd.WideResNet(16, 1, 5).state_dict(), tmp_path / "five.pt")
+    for file, message in [
+        (teacher.with_name("last.pt"), "last.pt is a last.pt: name the student.pt beside it"),
+        (tmp_path, "--teacher-checkpoint: no such file"),
+        (tmp_path / "text.pt", "is not a checkpoint that can be read"),
+        (tmp_path / "list.pt", "list.pt does not fit wrn16_1"),
+        (tmp_path / "five.pt", "five.pt does not fit wrn16_1: size mismatch for fc.weight"),
+    ]:
+        assert message in refused(capsys, options, file)
+        assert not (tmp_path / "runs").exists()
+
+
 def test_teacher_of_a_run_is_the_one_in_the_file(tmp_path, teacher):
     options = "--method kd --epochs 1 --teacher-arch wrn16_1 --teacher-checkpoint".split()
     assert main(TINY, options, teacher, "--output", tmp_path) == 0
@@ -2451,6 +2475,8 @@ def test_other_methods_have_their_own_weights():
     method = built("--method kd --teacher-arch wrn16_1 --feature-loss fitnet --beta 7 --alpha 2 --temperature 5")
     assert (method.alpha, method.beta, method.temperature) == (2, 7, 5) and type(method.feature_loss) is baselines.Hint
     assert type(built("--method kd --teacher-arch wrn16_1 --feature-loss od").feature_loss) is frskd.Overhaul
+    method = built("--method byot --arch resnet18 --image-size 12")
+    assert [neck[3].stride[0] for neck in method.necks] == [6, 3, 1]  # maps of 12, 6, 3, 2
     assert built("--method byot --alpha 0.2 --beta 0.5 --temperature 2").alpha == 0.2
     for dataset, alpha in (("cub200", 3), ("imagenet", 3), ("tinyimagenet", 1)):
         assert train.resolve(given("--method cskd --dataset", dataset)).alpha == alpha
