@@ -2449,6 +2449,15 @@ def test_a_file_that_is_no_teacher_is_refused(tmp_path, teacher, capsys):
         assert not (tmp_path / "runs").exists()
 
 
+def test_a_teacher_that_does_not_suit_images_or_student_is_refused(tmp_path, teacher, capsys):
+    options = TINY + ["--method", "kd", "--teacher-checkpoint", teacher, "--teacher-arch"]
+    assert "--teacher-arch vit_b_16 at 16 px: Wrong image height!" in refused(capsys, options, "vit_b_16")
+    student = "--arch squeezenet1_1 --blocks features.3,features.6,features.9 --image-size 32 --feature-loss at".split()
+    assert "--teacher-arch wrn16_1 at 32 px: the feature maps of student and teacher differ in size" in refused(
+        capsys, options, "wrn16_1", student
+    )
+
+
 def test_teacher_of_a_run_is_the_one_in_the_file(tmp_path, teacher):
     options = "--method kd --epochs 1 --teacher-arch wrn16_1 --teacher-checkpoint".split()
     assert main(TINY, options, teacher, "--output", tmp_path) == 0

@@ -256,11 +256,17 @@ def build_frskd(student, num_classes, args):
 
 
 def build_kd(student, num_classes, args):
+    image = torch.zeros(1, 3, args.image_size, args.image_size)
     try:
         teacher = build_network(args.teacher_arch, args.image_size, num_classes)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--teacher-arch {args.teacher_arch}: {error}") from None
-    feature_loss = KD_FEATURE_LOSSES[args.feature_loss](student, teacher)
+        feature_loss = KD_FEATURE_LOSSES[args.feature_loss](student, teacher)
+        with frskd.evaluation_mode(student), frskd.evaluation_mode(teacher), torch.no_grad():
+            if feature_loss:
+                frskd.check_sizes(student.features(image)[1], teacher.features(image)[1])
+            else:
+                teacher(image)
+    except (ValueError, RuntimeError, AssertionError) as error:  # images that do not suit it, or maps that do not match
+        raise UserError(f"--teacher-arch {args.teacher_arch} at {args.image_size} px: {error}") from None
     return baselines.Distillation(student, teacher, feature_loss=feature_loss, **weights(args))
 
 
