@@ -45,6 +45,12 @@ def pooled(feat):
     return feat.mean((2, 3))
 
 
+def check_levels(student):
+    """Raises ValueError for a student of one map, where there is no shallower one to teach."""
+    if len(student.channels) < 2:
+        raise ValueError("one map is too few: shallow blocks learn from the deepest")
+
+
 # ------------------------------------------------------------------------ knowledge distillation from a teacher
 
 
@@ -52,7 +58,8 @@ class Hint(frskd.FitNet):
     """FitNets' hint: the mean over all elements of (regressor(F_2) - T_2)^2, of the second of the maps alone.
 
     Source: FitNets (P) has one hint in the middle of the network; after the second stage, trained along, with weight
-    100 in RepDistiller (U). Shapes and errors as frskd.FitNet. Paper vs code: (P) trains the hint first, alone.
+    100 in RepDistiller (U), whose convolution has a bias: batch norm takes it away. Shapes and errors as frskd.FitNet.
+    Paper vs code: (P) trains the hint first, alone.
     """
 
     def __init__(self, channels, dims):
@@ -69,20 +76,24 @@ class Distillation(nn.Module):
     and of the same sizes. feature_loss: (feats, feats_t) -> scalar, such as Hint (FitNet, beta 100),
     frskd.attention_transfer (ATT, beta 1000), frskd.Overhaul (beta 1), which trains along; None is soft labels alone.
     The teacher gets no gradient. It runs at rest (batch norm by its running statistics, no dropout), but under
-    Overhaul with the statistics of the batch, which its margins take for granted; its soft labels are then of the
-    same pass.
+    Overhaul in training mode, with the statistics of the batch, as its authors do (their Table 8): its running
+    statistics drift, and its soft labels are of the same pass.
 
     forward: x (B, 3, H, W), y (B,) or soft (B, C) -> terms `ce`, `kd`, `feat`, weighted; logits (B, C), detached.
-    Raises ValueError where the numbers of maps differ, for maps of other sizes, and for Overhaul on an Adapter.
+    Raises ValueError where the numbers of maps differ, for maps of other sizes, for Overhaul on an Adapter, and
+    for a feature loss without beta.
     Source: Table 7, "feature distillation as well as the soft label"; the weights of the feature losses are their own
     (O; FitNet RepDistiller's, U). Paper vs code: the paper names no weight; alpha = 1 as in FRSKD's objective, where
-    RepDistiller has 0.1 CE + 0.9 KD_4, and overhaul distillation (O) has no soft label.
+    RepDistiller has 0.1 CE + 0.9 KD_4, and overhaul distillation (O) has no soft label, and on ImageNet a tenth of the
+    weight that it has on CIFAR, which is ours everywhere.
     Costs 1 + a third of the teacher's cost over the student's, ResNet-34 to ResNet-18: 1.70.
     """
 
     def __init__(self, student, teacher, *, alpha=1.0, beta=0.0, temperature=4.0, feature_loss=None):
         super().__init__()
         self.preact = getattr(feature_loss, "preact", False)
+        if feature_loss and beta <= 0:
+            raise ValueError("a feature loss needs its weight, a beta above 0")
         if feature_loss and len(student.channels) != len(teacher.channels):
             raise ValueError(f"the student has {len(student.channels)} maps, the teacher {len(teacher.channels)}")
         if self.preact and isinstance(student, frskd.Adapter):
@@ -112,7 +123,7 @@ class Distillation(nn.Module):
         terms = {"ce": cross_entropy(logits, y)}
         if self.alpha > 0:
             terms["kd"] = self.alpha * soft_label_distillation(logits, logits_t, self.temperature)
-        if self.feature_loss and self.beta > 0:
+        if self.feature_loss:
             terms["feat"] = self.beta * self.feature_loss(feats, feats_t)
         return terms, logits.detach()
 
@@ -137,13 +148,14 @@ class BYOT(nn.Module):
     """Be Your Own Teacher (the paper's [40]): a classifier on each shallow block learns from the deepest one.
 
     (1 - alpha) (CE(z_n) + sum_i CE(z_i)) + alpha sum_i KD_3(z_i, z_n) + beta sum_i sum over batch and channels of
-    (h_i - h_n)^2, i = 1..n-1. h_i is the mean over positions of a Bottleneck on F_i that ends at the size of F_n;
-    z_i is a linear layer on h_i. z_n and h_n are detached where they teach: the auxiliary classifiers and the blocks
-    below them learn from it.
+    (h_i - h_n)^2, i = 1..n-1. h_i is the mean over positions of a Bottleneck on F_i with k = H_i // H_n, so that it
+    ends at the size of F_n, or about it; z_i is a linear layer on h_i. z_n and h_n are detached where they teach: the
+    auxiliary classifiers and the blocks below them learn from them.
     num_classes is that of the student; image_size: a pass of one such image, in evaluation mode, measures the maps.
 
     forward: x (B, 3, H, W), y (B,) or soft (B, C) -> terms `ce`, `ce_aux` (of the shallow classifiers), `kd`, `feat`,
-    weighted; logits (B, C) of the deepest classifier, detached. Costs 1.03 / 1.07.
+    weighted; logits (B, C) of the deepest classifier, detached. Raises ValueError for fewer than two maps. Costs
+    1.03 / 1.07.
     Paper vs code: three versions differ in heads and weights; this is the one usually compared with (U, luanyunteng's:
     alpha 0.1, beta 1e-6, T = 3), which scales the deepest cross-entropy too. In place of KD_3 it has T^2 times
     the cross-entropy of soft labels: larger by the targets' entropy, of the same gradient. Its unused downsampling
@@ -152,6 +164,7 @@ class BYOT(nn.Module):
 
     def __init__(self, student, num_classes, *, alpha=0.1, beta=1e-6, temperature=3.0, image_size=32):
         super().__init__()
+        check_levels(student)
         self.student, self.alpha, self.beta, self.temperature = student, alpha, beta, temperature
         with frskd.evaluation_mode(student), torch.no_grad():
             image = torch.zeros(1, 3, image_size, image_size).to(next(student.parameters()))
@@ -206,7 +219,7 @@ class ONE(nn.Module):
 
     forward: x (B, 3, H, W), y (B,) or soft (B, C) -> terms `ce` of the student, `ce_aux` of the other branches, `ce_e`,
     `kd`, weighted; logits (B, C) of the student, detached. Raises ValueError for a student that is neither ResNet nor
-    WideResNet of frskd.py. Costs 1.66 / 1.48. Source: (O).
+    WideResNet of frskd.py. Costs 1.66 / 1.48. Source: (O), whose 1e-7 on the target probabilities is left out.
     Paper vs code: which of its networks FRSKD's paper evaluates is not said; a single branch costs what the others
     cost. The rise is (O)'s 80 epochs, of 300 there, whatever --epochs is.
     """
@@ -253,31 +266,34 @@ class SAD(nn.Module):
     """Self Attention Distillation (the paper's [10]): each block imitates the attention of the next.
 
     CE(z) + beta sum_{i<n} mean over batch and positions of (Psi(F_i) - Psi(F_{i+1}))^2, both at the size of F_i;
-    Psi(F_{i+1}) is detached. The sum begins after two thirds of the epochs (`set_epoch`; without, at once).
+    Psi(F_{i+1}) is detached. The sum begins after two thirds of the epochs, in the last one at the latest (`set_epoch`;
+    without, at once).
 
     forward: x (B, 3, H, W), y (B,) or soft (B, C) -> terms `ce`, `feat` (once it has begun), weighted; logits (B, C),
-    detached. Costs 1.00 / 1.00. Both maps sum to 1, so the term is tiny.
+    detached. Raises ValueError for fewer than two maps. Costs 1.00 / 1.00. Both maps sum to 1, so the term is tiny.
     Paper vs code: the published code has no such loss; this is (P)'s formula as (U, InhwanBae's) has it: square,
     then resize, then softmax, weight 0.1, from iteration 40,000 of 60,000. There the target is not detached, elsewhere
-    (U, Self-KD-Lib's) it is; here it is, since the deeper block is the one to be imitated.
+    (U, Self-KD-Lib's, with weight 1000 from the first epoch) it is; here it is, since the deeper block is the one to
+    be imitated.
     """
 
     def __init__(self, student, *, beta=0.1, start=2 / 3):
         super().__init__()
+        check_levels(student)
         self.student, self.beta, self.start, self.distils = student, beta, start, True
 
     def set_epoch(self, epoch, epochs):
-        self.distils = epoch >= self.start * epochs
+        self.distils = epoch >= min(self.start * epochs, epochs - 1)
 
     def forward(self, x, y):
         logits, feats = self.student.features(x)
         terms = {"ce": cross_entropy(logits, y)}
         if self.distils:
-            pairs = [(f, deeper, f.shape[-2:]) for f, deeper in zip(feats, feats[1:])]
-            terms["feat"] = self.beta * sum(
-                F.mse_loss(spatial_attention(f, size), spatial_attention(deeper, size).detach())
-                for f, deeper, size in pairs
-            )
+            loss = 0
+            for f, deeper in zip(feats, feats[1:]):
+                target = spatial_attention(deeper, f.shape[-2:]).detach()
+                loss = loss + F.mse_loss(spatial_attention(f, f.shape[-2:]), target)
+            terms["feat"] = self.beta * loss
         return terms, logits.detach()
 
 

@@ -7,6 +7,7 @@ import ast
 import functools
 import hashlib
 import http.server
+import inspect
 import json
 import math
 import os
@@ -814,6 +815,8 @@ def test_sad_makes_each_block_imitate_the_next_after_two_thirds_of_the_epochs():
         method.set_epoch(epoch, 9)
         started.append("feat" in method(x, y)[0])
     assert started == [False] * 6 + [True] * 3
+    method.set_epoch(0, 1)
+    assert method.distils  # in the last epoch at the latest
 
 
 def test_partner_of_cs_kd_teaches_without_gradient_in_a_pass_of_its_own():
@@ -956,7 +959,10 @@ def test_distillation_refuses_maps_that_differ_in_number_and_overhaul_an_adapter
     net = torchvision.models.squeezenet1_1(num_classes=5)
     student, teacher = frskd.Adapter(net, ["features.3", "features.6", "features.9"], 64), frskd.WideResNet(10, 1, 5)
     with pytest.raises(ValueError, match="before their ReLU"):
-        baselines.Distillation(student, teacher, feature_loss=frskd.Overhaul(student.channels, teacher.norms))
+        loss = frskd.Overhaul(student.channels, teacher.norms)
+        baselines.Distillation(student, teacher, feature_loss=loss, beta=1)
+    with pytest.raises(ValueError, match="a feature loss needs its weight"):
+        baselines.Distillation(student, teacher, feature_loss=frskd.attention_transfer)
 
 
 # -------------------------------------------------------------------------------------------------- the students
@@ -2295,6 +2301,8 @@ def test_every_variant_trains_under_a_name_of_its_own_and_the_table_tells_them_a
         assert main(TINY, "--epochs 1".split(), options.split()) == 0
         (entry,) = log_of(tmp_path / f"runs/shapes-wrn10_1-{name}-bs16-px16-n8-e1-s0")
         terms = {"ce"}
+        if name == "sad":
+            terms = {"ce", "feat"}
         if "frskd" in name:
             terms |= {"ce_t", "kd"} | ({"feat"} if "nofeat" not in name else set())
         if "sla" in name:
@@ -2431,6 +2439,16 @@ def test_a_teacher_of_torchvision_teaches_by_soft_labels(tmp_path):
     options = "--method kd --teacher-arch squeezenet1_1 --image-size 32 --epochs 1 --teacher-checkpoint".split()
     assert main(TINY, options, tmp_path / "net.pt", "--output", tmp_path / "run") == 0
     assert all(torch.equal(t, weights(tmp_path / "run")[f"teacher.{name}"]) for name, t in net.state_dict().items())
+
+
+def test_the_command_lines_weights_are_the_classes():
+    """A default stands in the constructor for who copies it, and in train.py for --help: the same."""
+    classes = {"one": baselines.ONE, "ddgsd": baselines.DDGSD, "byot": baselines.BYOT, "sad": baselines.SAD}
+    classes |= {"cskd": baselines.CSKD, "slasd": baselines.SLASD}
+    for name, defaults in train.DEFAULTS.items():
+        parameters = inspect.signature(classes.get(name, baselines.Distillation)).parameters
+        for key in {"alpha", "beta", "temperature"} & set(parameters):
+            assert parameters[key].default == defaults[key]
 
 
 def test_a_file_that_is_no_teacher_is_refused(tmp_path, teacher, capsys):
@@ -2594,6 +2612,12 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--dataset folder --method one --beta 3", "--beta has no effect with --method one"),
         ("--dataset folder --method sad --alpha 3", "--alpha has no effect with --method sad"),
         ("--dataset folder --method byot --alpha 1.5", "--alpha 1.5: byot weights cross-entropy by 1 - alpha"),
+        ("--dataset folder --method byot --alpha 1", "--alpha 1: byot weights cross-entropy by 1 - alpha"),
+        ("--dataset cub200 --method kd --teacher-checkpoint x --alpha 0", "--alpha 0 without a feature loss leaves"),
+        (
+            "--dataset cub200 --method kd --teacher-checkpoint x --feature-loss none --beta 0",
+            "--beta has no effect with --feature-loss none",
+        ),
         ("--dataset folder --method cskd --sla", "--sla has no effect with --method cskd"),
         ("--dataset folder --method byot --feature-loss od", "--feature-loss has no effect with --method byot"),
         ("--dataset folder --method kd --teacher bifpn", "--teacher has no effect with --method kd"),
@@ -2671,6 +2695,8 @@ def test_options_that_do_not_go_together_are_refused_before_data_is_read(capsys)
         ("--arch wrn17_2", "--arch wrn17_2 at 32 px: a wide ResNet has depth 6 k + 4"),
         ("--arch vit_b_32 --blocks encoder", "--arch vit_b_32 at 32 px: Wrong image height! Expected 224 but got 32!"),
         ("--arch squeezenet1_1 --blocks features.99", "no block named 'features.99'; the network has features"),
+        ("--arch squeezenet1_1 --blocks features --method byot", "--method byot with --arch squeezenet1_1: one map is"),
+        ("--arch squeezenet1_1 --blocks features --method sad", "--method sad with --arch squeezenet1_1: one map is"),
         ("--table /nowhere", "no run of train.py in or below this folder"),
         ("--resume /nowhere", "no such file: /nowhere"),
         ("--eval /nowhere", "no such file: /nowhere"),
@@ -2773,9 +2799,7 @@ def test_a_checkpoint_of_another_content_is_refused(run, tmp_path, capsys, chang
     assert "is not the last.pt of a run" in line or "the checkpoint does not fit" in line
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", dict(name=1), dict(method=[]), dict(method="x"), dict(arch=5), dict(recipe=[])]
-)
+@pytest.mark.parametrize("content", ["", "[]", "{}", dict(name=1), dict(method=[]), dict(arch=5), dict(recipe=[])])
 def test_args_json_of_another_content_is_refused(run, tmp_path, capsys, content):
     shutil.copy(run / "student.pt", tmp_path)
     if isinstance(content, dict):  # a value of another type
@@ -3735,13 +3759,18 @@ def test_the_readmes_snippet_runs():
     assert set(names["terms"]) == {"ce", "ce_t", "kd", "feat"}
 
 
-def test_the_readmes_method_of_ones_own_trains(tmp_path, monkeypatch):
+def test_the_readmes_method_of_ones_own_trains(tmp_path, monkeypatch, capsys):
     """One class and one line: it has the command line, trains, is named and exports its student."""
-    (code,) = re.findall(r"```python\n(import train.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(code.strip().splitlines()) <= 13
+    (code,) = re.findall(r"```python\n(import sys.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 10
     monkeypatch.setattr(train, "METHODS", train.METHODS.copy())
     monkeypatch.setattr(sys, "argv", ["mine.py", *TINY, "--method", "smoothing", "--epochs", "1"])
     monkeypatch.setattr(train.CLASSIFICATION, "methods", train.METHODS)
-    exec(code, {})
+    with pytest.raises(SystemExit, match="0"):
+        exec(code, {"__name__": "__main__"})
+    monkeypatch.undo()
+    assert "is of --method smoothing, which train.py does not have" in refused(
+        capsys, "--resume", tmp_path / "runs/shapes-wrn10_1-smoothing-bs16-px16-n8-e1-s0"
+    )
     (entry,) = log_of(tmp_path / "runs/shapes-wrn10_1-smoothing-bs16-px16-n8-e1-s0")
     assert entry["ce"] > 0 and (tmp_path / "runs/shapes-wrn10_1-smoothing-bs16-px16-n8-e1-s0/student.pt").exists()

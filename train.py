@@ -301,7 +301,11 @@ def load_teacher(args, method):
 
 def build_method(task, args, num_classes):
     torch.manual_seed(args.seed)
-    method = task.methods[args.method](task.build_student(args, num_classes), num_classes, args)
+    student = task.build_student(args, num_classes)
+    try:
+        method = task.methods[args.method](student, num_classes, args)
+    except ValueError as error:  # a network that does not suit the method
+        raise UserError(f"--method {args.method} with --arch {args.arch}: {error}") from None
     return method.to(args.device, memory_format=torch.channels_last)
 
 
@@ -410,7 +414,7 @@ def train(task, args, loaders, folder, checkpoint, stop):
     """Train to args.epochs, from the checkpoint where there is one; -> the log, a list of dicts, one an epoch."""
     loaded, train_loader, test_loader = loaders
     method = build_method(task, args, len(loaded.classes))
-    train_loader.pairs = getattr(method, "pairs", None)
+    train_loader.pairs = getattr(method, "pairs", None)  # what the method wants beside each image
     optimizer = torch.optim.SGD(  # weight decay on everything, as the authors' code
         method.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
@@ -681,7 +685,9 @@ def is_values(content, path, task):
     types = {key: type(value) for key, value in task.recipe.items() if value is not None} | dict(recipe=dict, name=str)
     types |= {key: (list, tuple) for key, kind in types.items() if kind is tuple}  # JSON knows no tuple
     fit = needed <= set(content) and all(isinstance(content[key], kind) for key, kind in types.items())
-    return fit and content["method"] in task.methods
+    if fit and content["method"] not in task.methods:
+        raise UserError(f"{path} is of --method {content['method']}, which {task.script} does not have: use its script")
+    return fit
 
 
 def continued(task, saved, given):
@@ -789,7 +795,7 @@ def print_table(task, folder):
     """Mean and standard deviation over seeds of the task's runs below a folder, in markdown: laid out as Table 1, and
     where runs differ in alpha and in beta, a grid of the two, the numbers of Figure 4."""
     metric, metric_name = task.metric, task.metrics[task.metric]
-    runs, grids, left_out = {}, {}, []
+    runs, grids, left_out, order = {}, {}, [], {}
     for path in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
         try:
             args = read_values(path, task)
@@ -798,6 +804,7 @@ def print_table(task, folder):
             source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
             column = f"{args['dataset']}{source} {args['arch']}"
             weights = {key: args["recipe"][key] for key in ("alpha", "beta")}
+            order[args["name"]] = list(task.methods).index(args["method"])  # as Table 1
             name, grid = args["name"], task.run_name(SimpleNamespace(**args | weights))
             if not log or len(log) < args["epochs"]:
                 left_out.append(f"- {path.parent}: unfinished, {len(log)} of {args['epochs']} epochs")
@@ -812,8 +819,7 @@ def print_table(task, folder):
             left_out.append(f"- {path.parent}: not a run that can be read")
     if not runs and not left_out:
         raise UserError(f"--table {folder}: no run of {task.script} in or below this folder (a run has an args.json)")
-    order = list(task.methods)  # as Table 1
-    names = sorted({name for name, _ in runs}, key=lambda name: (order.index(re.split("[+-]", name)[0]), name))
+    names = sorted({name for name, _ in runs}, key=lambda name: (order[name], name))
     columns = sorted({column for _, column in runs})
     print(f"{metric_name} in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
     print_rows("method", columns, {name: [cell(runs.get((name, column))) for column in columns] for name in names})
@@ -1078,7 +1084,7 @@ def check_options(given):
         refuse(given, ["download"], "cannot fetch imagenet, which needs a registration: see image-net.org")
     elif dataset not in DOWNLOADS:
         refuse(given, ["download"], f"has no effect with --dataset {dataset}")
-    if given.get("beta") == 0:
+    if given.get("beta") == 0 and given.get("feature_loss") != "none":
         refuse(given, ["feature_loss"], "has no effect with --beta 0, which is without a feature loss")
     if "mixup" in given:
         refuse(given, ["cutmix"], "does not go with --mixup: one of them")
@@ -1088,8 +1094,8 @@ def check_options(given):
         refuse(given, ["mixup", "cutmix"], "does not go with --method slasd, whose joint labels cannot be mixed")
     if method == "cskd":
         refuse(given, ["mixup", "cutmix"], "does not go with --method cskd, whose pairs are of one class")
-    if method == "byot" and given.get("alpha", 0) > 1:
-        raise UserError(f"--alpha {text(given['alpha'])}: byot weights cross-entropy by 1 - alpha, so 1 at most")
+    if method == "byot" and given.get("alpha", 0) >= 1:
+        raise UserError(f"--alpha {text(given['alpha'])}: byot weights cross-entropy by 1 - alpha, so below 1")
     if method == "kd":
         check_teacher(given)
     elif given.get("feature_loss") == "none":
@@ -1122,6 +1128,8 @@ def check_teacher(given):
         raise UserError(f"--teacher-arch {teacher}: neither of frskd.py nor a name in torchvision.models")
     if loss == "none":
         refuse(given, ["beta"], "has no effect with --feature-loss none")
+        if given.get("alpha") == 0:
+            raise UserError("--alpha 0 without a feature loss leaves nothing of the teacher: --method baseline")
     elif not own_network(teacher):
         raise UserError(f"--feature-loss {loss} compares maps, which --teacher-arch {teacher} does not give")
     else:
