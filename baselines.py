@@ -154,8 +154,8 @@ class BYOT(nn.Module):
     num_classes is that of the student; image_size: a pass of one such image, in evaluation mode, measures the maps.
 
     forward: x (B, 3, H, W), y (B,) or soft (B, C) -> terms `ce`, `ce_aux` (of the shallow classifiers), `kd`, `feat`,
-    weighted; logits (B, C) of the deepest classifier, detached. Raises ValueError for fewer than two maps. Costs
-    1.03 / 1.07.
+    weighted; logits (B, C) of the deepest classifier, detached. Raises ValueError for fewer than two maps.
+    Costs 1.03 / 1.07.
     Paper vs code: three versions differ in heads and weights; this is the one usually compared with (U, luanyunteng's:
     alpha 0.1, beta 1e-6, T = 3), which scales the deepest cross-entropy too. In place of KD_3 it has T^2 times
     the cross-entropy of soft labels: larger by the targets' entropy, of the same gradient. Its unused downsampling
