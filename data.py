@@ -796,9 +796,9 @@ class Loader:
             return torch.arange(len(self.split))
         labels = self.split.labels
         counts = labels.bincount()
-        first = counts.cumsum(0) - counts  # where a class begins among the sorted labels
+        first = counts.cumsum(0) - counts  # where a class begins: the images are sorted by it
         share = torch.rand(len(labels), dtype=torch.float64, generator=generator(self.seed, epoch, "partners"))
-        return labels.argsort(stable=True)[first[labels] + (share * counts[labels]).long()]
+        return first[labels] + (share * counts[labels]).long()
 
     def normalize(self, x):
         return (x.float() - self.mean) / self.std

@@ -853,7 +853,7 @@ def test_terms_of_sla_sd_written_out():
 
 
 def pretrained(loss=None, **kwargs):
-    """A student of two maps' worth of width, its teacher wider and deeper, both with statistics of their own."""
+    """A student, and a teacher that is wider and deeper and has running statistics of its own."""
     torch.manual_seed(0)
     student, teacher = frskd.WideResNet(10, 1, 5), frskd.WideResNet(16, 2, 5)
     for _ in range(3):

@@ -237,11 +237,9 @@ FEATURE_LOSSES = {  # name -> (student, self-teacher) -> the loss, see frskd.FRS
     "fitnet": lambda student, teacher: frskd.FitNet(student.channels, teacher.dims),
     "od": lambda student, teacher: frskd.Overhaul(student.channels, teacher.norms),
 }
-KD_FEATURE_LOSSES = {  # name -> (student, pretrained teacher) -> the loss, see baselines.Distillation
-    "none": lambda student, teacher: None,
-    "at": lambda student, teacher: frskd.attention_transfer,
+KD_FEATURE_LOSSES = FEATURE_LOSSES | {  # of a pretrained teacher, see baselines.Distillation
     "fitnet": lambda student, teacher: baselines.Hint(student.channels, teacher.channels),
-    "od": lambda student, teacher: frskd.Overhaul(student.channels, teacher.norms),
+    "none": lambda student, teacher: None,
 }
 
 
@@ -951,12 +949,9 @@ def recipe_values(key, recipes=RECIPES):
 
 
 def method_values(key):
-    """The methods' own defaults: "1 one; 0.1 byot"."""
-    names = {}
-    for name, defaults in DEFAULTS.items():
-        if key in defaults and (name, key) != ("kd", "beta"):
-            names.setdefault(text(defaults[key]), []).append(name)
-    return "; ".join(f"{value} {', '.join(n)}" for value, n in names.items())
+    """The methods' own defaults: "1 one; 0.1 byot". The beta of kd hangs on its feature loss."""
+    own = {name: values for name, values in DEFAULTS.items() if key in values and (name, key) != ("kd", "beta")}
+    return recipe_values(key, own)
 
 
 def feature_loss_values(method):
