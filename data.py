@@ -724,13 +724,13 @@ def seeded(*key):
         yield
 
 
-def split_batches(order, batch_size):
-    """Consecutive batches, the last partial one kept; a last one of a single image joins the batch before.
+def split_batches(order, batch_size, processes=1):
+    """Consecutive batches, the last partial one kept; one of fewer than two images a process joins the batch before.
 
     Batch norm cannot normalise one value a channel, which is what a single image gives on a 1x1 map.
     """
     batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) < 2 * processes:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
@@ -738,14 +738,9 @@ def split_batches(order, batch_size):
 # ---------------------------------------------------------------------------------------------------- loaders
 
 
-def make_loader(
-    split, *, train, batch_size, image_size, seed=0, stats=STATS["cifar"], workers=0, device="cpu", mix=None
-):
-    """The loader for a size: DeviceLoader up to 64 px, WorkerLoader above. Raises DataError for a batch too large.
-
-    mix: v2.MixUp or v2.CutMix, for each batch; its labels are then soft, (B, num_classes).
-    """
-    kwargs = dict(train=train, batch_size=batch_size, seed=seed, stats=stats, device=device, mix=mix)
+def make_loader(split, *, image_size, workers=0, stats=STATS["cifar"], **kwargs):
+    """The loader for a size: DeviceLoader up to 64 px, WorkerLoader above; kwargs as Loader's."""
+    kwargs["stats"] = stats
     if image_size <= DEVICE_RESIDENT:
         return DeviceLoader(split, **kwargs)
     return WorkerLoader(split, image_size=image_size, workers=workers, **kwargs)
@@ -753,6 +748,11 @@ def make_loader(
 
 class Loader:
     """What both loaders share.
+
+    mix: v2.MixUp or v2.CutMix, for each batch. rank, processes: of several processes that train together, each makes a
+    loader, which yields its part: in training a slice of each batch, in evaluation every processes-th batch. Order,
+    augmentation and mixing are drawn for the whole batch, so those of an image do not hang on their number.
+    Raises DataError for a batch too large, or of fewer images than processes.
 
     epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,), or soft y (B, num_classes) where
     batches are mixed; raw([i, ...]) gives images before normalisation, uint8 (N, 3, H, W), from the test split as
@@ -767,15 +767,31 @@ class Loader:
 
     pairs = None
 
-    def __init__(self, split, *, train, batch_size, seed, stats, device, mix=None):
+    def __init__(self, split, *, train, batch_size, stats, seed=0, device="cpu", mix=None, rank=0, processes=1):
         if train and batch_size > len(split):
             raise DataError(f"--batch-size {batch_size} is larger than the training set of {len(split)} images")
+        if train and batch_size < processes:
+            raise DataError(f"--batch-size {batch_size} leaves some of {processes} processes without an image")
+        self.rank, self.processes = rank, processes
         self.split, self.train, self.batch_size, self.seed, self.device = split, train, batch_size, seed, device
         self.mix = mix
         self.mean, self.std = (255 * torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
 
+    @property
+    def sizes(self):
+        """Images in each batch of an epoch, those of all processes."""
+        return [len(batch) for batch in self.whole_batches(torch.arange(len(self.split)))]
+
+    def part_of(self, batch):
+        """This process's part of a batch: of N images a tensor (N,) -> (N / processes,) or one more."""
+        return batch.tensor_split(self.processes)[self.rank]
+
+    def whole_batches(self, order):
+        return split_batches(order, self.batch_size, self.processes if self.train else 1)
+
     def __len__(self):
-        return len(split_batches(torch.arange(len(self.split)), self.batch_size))
+        """Steps of an epoch, the same in every process; in evaluation the last may have no batch for this one."""
+        return len(self.sizes) if self.train else math.ceil(len(self.sizes) / self.processes)
 
     def epoch(self, epoch=0):
         for step, (x, y) in enumerate(self.augmented(epoch)):
@@ -784,11 +800,13 @@ class Loader:
                     x, y = self.mix(x, y)
             yield x, y[: len(y) // 2] if self.pairs else y  # the second half has the labels of the first
 
-    def batches(self, epoch):
-        """The indices of each batch of an epoch; shuffled in training."""
+    def batches(self, epoch, device="cpu"):
+        """The indices of each batch of an epoch, of this process; shuffled in training."""
         n = len(self.split)
-        order = torch.randperm(n, generator=generator(self.seed, epoch)) if self.train else torch.arange(n)
-        return split_batches(order, self.batch_size)
+        if not self.train:
+            return self.whole_batches(torch.arange(n, device=device))[self.rank :: self.processes]
+        order = torch.randperm(n, generator=generator(self.seed, epoch)).to(device)
+        return [self.part_of(batch) for batch in self.whole_batches(order)]
 
     def partners(self, epoch):
         """The index of the image that goes with each: (N,)."""
@@ -823,8 +841,9 @@ class DeviceLoader(Loader):
         halves = [(everyone, *self.windows(epoch, "augmentation"))]
         if self.pairs:
             halves.append((self.partners(epoch).to(self.device), *self.windows(epoch, "augmentation of the partners")))
-        for index in self.batches(epoch):
-            index = index.to(self.device)
+        for index in self.batches(
+            epoch, self.device
+        ):  # the whole order at once: a copy a step would wait for the device
             parts = [(image[index], rows[index], cols[index]) for image, rows, cols in halves]
             image, rows, cols = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
             x = self.images[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, 3)
@@ -981,8 +1000,6 @@ class MaskDataset(SeededDataset):
 
 
 def init_worker(_):
-    """Ctrl-C reaches the whole process group: the workers leave it to the main process.
-
-    A forked worker inherits the main process's handlers anyway; a spawned one starts with Python's own.
-    """
+    """Ctrl-C and torchrun's SIGTERM reach the whole process group: the workers leave them to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

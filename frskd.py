@@ -47,7 +47,7 @@ def fused_sum(weights, maps, eps=1e-4):
     Paper vs code: the paper gives no eps; 1e-4 is EfficientDet's, the authors' code has 1e-6.
     """
     weights = F.relu(weights)
-    weights = weights / (weights.sum() + eps)
+    weights = (weights / (weights.sum() + eps)).to(maps[0].dtype)  # CUDA's autocast would make a bf16 sum float32
     fused = weights[0] * maps[0]
     for w, x in zip(weights[1:], maps[1:]):
         fused = torch.addcmul(fused, w, x)  # fused + w * x in one pass
@@ -737,31 +737,48 @@ def table6():
     return rows
 
 
-def step_times(variants, rounds, batch_size=128):
-    """Median seconds of a training step of each variant, interleaved so that a noisy machine hits all alike.
+def training_step(method, batch_size=128, memory_format=torch.channels_last, amp=False, backend=None):
+    """A function that trains once by SGD, on random images (batch_size, 3, 32, 32) of 100 classes.
 
-    variants: name -> (method, memory format). A step is forward, backward and SGD on (batch_size, 3, 32, 32), twice as
-    many images for a method with `pairs`.
+    Twice as many images for a method with `pairs`. amp: bfloat16 autocast. backend: of torch.compile, None is eager.
+    """
+    device = next(method.parameters()).device
+    method.to(memory_format=memory_format)
+    rows = 2 * batch_size if getattr(method, "pairs", None) else batch_size
+    x = torch.randn(rows, 3, 32, 32, device=device).to(memory_format=memory_format)
+    y = torch.randint(100, (batch_size,), device=device)
+    fused = True if device.type == "cuda" else None
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=fused)
+    forward = torch.compile(method, backend=backend) if backend else method
+
+    def step():
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            terms, _ = forward(x, y)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+
+    return step
+
+
+def step_times(steps, rounds, repeat=1):
+    """Median seconds of each function of {name: function}, interleaved so that a noisy machine hits all alike.
+
+    A measurement is `repeat` calls, then, where there is one, a wait for the GPU.
     """
     import statistics
     import time
 
-    y = torch.randint(100, (batch_size,))
-    steps, seconds = {}, {name: [] for name in variants}
-    for name, (method, memory_format) in variants.items():
-        method.to(memory_format=memory_format)
-        rows = 2 * batch_size if getattr(method, "pairs", None) else batch_size
-        x = torch.randn(rows, 3, 32, 32).to(memory_format=memory_format)
-        steps[name] = (method, x, torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4))
+    seconds = {name: [] for name in steps}
     for i in range(rounds + 1):  # the first round warms up
-        for name, (method, x, optimizer) in steps.items():
+        for name, step in steps.items():
             start = time.perf_counter()
-            terms, _ = method(x, y)
-            optimizer.zero_grad()
-            sum(terms.values()).backward()
-            optimizer.step()
+            for _ in range(repeat):
+                step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if i > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / repeat)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -779,9 +796,11 @@ if __name__ == "__main__":
 
     times = step_times(
         {
-            "baseline": (Baseline(wrn16_2(100)), torch.channels_last),
-            "FRSKD": (frskd(), torch.channels_last),
-            "FRSKD, default layout, paper's order": (frskd(conv_first=False), torch.contiguous_format),
+            "baseline": training_step(Baseline(wrn16_2(100))),
+            "FRSKD": training_step(frskd()),
+            "FRSKD, default layout, paper's order": training_step(
+                frskd(conv_first=False), memory_format=torch.contiguous_format
+            ),
         },
         rounds=10,
     )

@@ -35,7 +35,7 @@ from train import UserError, at_least, not_negative, positive, refuse
 
 COMMON = dict(
     alpha=1.0, beta=50.0, epochs=60, warmup=2 / 3, lr=0.01, lr_drops=(2 / 3,),  # Sec. 4.2 and appendix
-    method="frskd", teacher="full", arch="d0", protocol="clean", clip_value=None, amp=False,
+    method="frskd", teacher="full", arch="d0", protocol="clean", clip_value=None, amp=False, sync_bn=False,
     temperature=1.0, batch_size=32, accumulate=2, momentum=0.9, weight_decay=5e-4,  # silent: the authors' code
 )  # fmt: skip
 RECIPES = {
@@ -326,9 +326,13 @@ def pretrain(args, method):
 
 
 def check_batches(args):
-    if args.batch_size % args.accumulate:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}: name both")
-    if args.image_size <= ONE_POSITION and args.batch_size == args.accumulate:
+    parts = args.accumulate * train.processes()
+    if args.batch_size % parts:
+        times = f" times {train.processes()} processes" if train.processes() > 1 else ""
+        raise UserError(
+            f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}{times}: name both"
+        )
+    if args.image_size <= ONE_POSITION and args.batch_size == parts:
         raise UserError(
             f"--image-size {args.image_size} makes P7 a single position, which batch norm cannot normalise over one "
             "image: take a larger --batch-size, a smaller --accumulate, or crops above 128 px"
@@ -346,7 +350,7 @@ def build_loaders(args, training=True):
         protocol=args.protocol,
         download=args.download,
     )
-    if loaded.leaked:
+    if loaded.leaked and train.rank() == 0:
         print(
             f"seg.py: warning: {loaded.leaked} of the {len(loaded.test)} test images are also training images; "
             "--protocol clean leaves them out",
@@ -359,8 +363,10 @@ def build_loaders(args, training=True):
         stats=data.STATS["imagenet"],
         workers=args.workers,
         device=args.device,
+        rank=train.rank(),
+        processes=train.processes(),
     )
-    part = max(1, args.batch_size // args.accumulate)
+    part = max(1, args.batch_size // (args.accumulate * train.processes()))
     test_loader = data.MaskLoader(loaded.test, train=False, batch_size=part, **options)
     if not training:
         return loaded, test_loader
@@ -374,19 +380,21 @@ def build_loaders(args, training=True):
 def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
     """One pass over the training images, an update a batch, a batch in parts; -> means of the terms, the clock.
 
-    forward is the method, compiled or not. A part of another size goes to the method itself: no compiling again.
+    forward: see train.Forward. Every process divides by the totals of the whole batch over their number, for their
+    gradients and terms are averaged.
     """
     method.train()
-    meter, autocast = train.Meter(method, epoch), train.precision(args)
+    meter, autocast, sizes = train.Meter(method, epoch), train.precision(args), loader.sizes
     for parts in train.watched(loader.groups(epoch), len(loader), meter, args, stop):
-        totals, means = group_totals([y for _, y in parts]), {}
+        totals, means = train.total(group_totals([y for _, y in parts])) / train.processes(), {}
         optimizer.zero_grad()
-        for x, y in parts:
-            with autocast:
-                terms, _ = (forward if len(x) == loader.part else method)(x, y, totals)
-            sum(terms.values()).backward()
+        for i, (x, y) in enumerate(parts, 1):
+            with forward.accumulating(i < len(parts)):
+                with autocast:
+                    terms, _ = forward(x, y, totals)
+                sum(terms.values()).backward()
             means = {name: term.detach() + means.get(name, 0) for name, term in terms.items()}
-        meter.update(means, sum(len(x) for x, _ in parts))
+        meter.update(means, sizes[meter.step] / train.processes())
         if args.clip_value:
             nn.utils.clip_grad_value_(method.parameters(), args.clip_value)
         optimizer.step()
@@ -414,17 +422,17 @@ def evaluate(student, loader, autocast, stop=None):
     Paper vs code: the paper is silent; the authors squeeze the masks to the network's size.
     """
     student.eval()
-    confusion, not_finite = 0, 0
-    for x, masks in loader.epoch():
+    n = len(loader.classes)
+    confusion, not_finite = torch.zeros(n, n, dtype=torch.long, device=loader.device), 0
+    for x, masks in train.stopped_by(stop or train.StopOnSignal(), loader.epoch(), len(loader)):
         with autocast:
             logits = student(x)
         not_finite = not_finite + (~logits.isfinite()).sum()
         for z, mask in zip(logits, masks):
             predicted = resized(z[None], mask.shape).argmax(1)[0]
-            confusion = confusion + confusion_matrix(predicted, mask, len(loader.classes))
-        if stop:
-            stop.check()
-    if not confusion.any():
+            confusion += confusion_matrix(predicted, mask, n)
+    not_finite = train.total(torch.as_tensor(not_finite, device=loader.device))
+    if not train.total(confusion).any():
         raise DataError("every pixel of the test masks is void")
     iou = 100 * intersection_over_union(confusion)
     values = [None if math.isnan(value) else value for value in iou.tolist()]
@@ -592,10 +600,12 @@ SEGMENTATION = train.Task(
     build_student=build_student,
     methods=METHODS,
     pretrain=pretrain,
+    usual=lambda loader: loader.part,
+    unused_parameters=True,
     train_epoch=train_epoch,
     evaluate=evaluate,
     draw=draw_predictions,
-    reports=dict(table=train.print_table, cost=print_cost),
+    reports=dict(table=(train.print_table, ()), cost=(print_cost, ())),
 )
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -2198,9 +2199,9 @@ def test_resume_without_a_path_starts_afresh_or_continues(tmp_path):
     assert (tmp_path / "last.pt").stat().st_mtime_ns == first
 
 
-def test_a_signal_stops_after_the_step_in_hand():
+def test_a_signal_stops_before_the_next_step():
     class Signalling:
-        batch_size, drawn = 4, 0
+        sizes, drawn = [4] * 9, 0
 
         def __len__(self):
             return 9
@@ -2212,10 +2213,11 @@ def test_a_signal_stops_after_the_step_in_hand():
                 yield batch()
 
     method, loader = frskd_method(), Signalling()
+    counted, sizes = counting(method)
     optimizer = torch.optim.SGD(method.parameters(), 0.1)
     with train.StopOnSignal() as stop, pytest.raises(train.Stopped):
-        train.train_epoch(ON_CPU, method, method, loader, optimizer, 0, stop)
-    assert loader.drawn == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        train.train_epoch(ON_CPU, counted, method, loader, optimizer, 0, stop)
+    assert loader.drawn == 3 and len(sizes) == 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, capsys):
@@ -2231,6 +2233,17 @@ def test_stopped_before_the_first_checkpoint_says_how_to_start_again(tmp_path, c
     assert f"python train.py {shlex.join(options)} --overwrite" in capsys.readouterr().err
 
 
+def counting(method):
+    """The method, and the lengths of the x that it was given."""
+    sizes = []
+
+    def counted(x, *args):
+        sizes.append(len(x))
+        return method(x, *args)
+
+    return counted, sizes
+
+
 @pytest.mark.parametrize("options", ["", "--method baseline", "--sla --feature-loss od", "--method one"])
 def test_compiled_training_gives_the_same_losses(tmp_path, options):
     for name, extra in (("eager", []), ("compiled", ["--compile", "aot_eager"])):
@@ -2240,34 +2253,33 @@ def test_compiled_training_gives_the_same_losses(tmp_path, options):
     assert [eager[name] for name in terms] == pytest.approx([compiled[name] for name in terms], rel=0.02)
 
 
+def with_counted_compiler(task, method, loader):
+    """A train.Forward whose compiled code is the method itself, and the lengths of the x that this was given."""
+    forward = train.Forward(method, SimpleNamespace(compile=None), task.usual(loader))
+    forward.compiled, sizes = counting(method)
+    return forward, sizes
+
+
 def test_a_smaller_last_batch_runs_uncompiled():
     """So nothing is compiled a second time for its shape."""
-    method, sizes = frskd_method(num_classes=10), []
-
-    def compiled(x, y):
-        sizes.append(len(x))
-        return method(x, y)
-
-    loader, optimizer = device_loader(n=10)[1], torch.optim.SGD(method.parameters(), 0.1)
+    method, loader = frskd_method(num_classes=10), device_loader(n=10)[1]
+    forward, sizes = with_counted_compiler(train.CLASSIFICATION, method, loader)
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
     with train.StopOnSignal() as stop:
-        train.train_epoch(ON_CPU, compiled, method, loader, optimizer, 0, stop)
+        train.train_epoch(ON_CPU, forward, method, loader, optimizer, 0, stop)
     assert sizes == [4, 4]
 
 
 def test_a_pair_counts_as_one_image():
     """Of a batch with partners: what is compiled takes the whole one, images_per_s counts the labels."""
-    method, sizes = baselines.CSKD(frskd.WideResNet(10, 1, 10)), []
-
-    def compiled(x, y):
-        sizes.append((len(x), len(y)))
-        return method(x, y)
-
-    loader, optimizer = device_loader(n=10)[1], torch.optim.SGD(method.parameters(), 0.1)
+    method, loader = baselines.CSKD(frskd.WideResNet(10, 1, 10)), device_loader(n=10)[1]
+    forward, sizes = with_counted_compiler(train.CLASSIFICATION, method, loader)
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
     loader.split.labels[1] = 0
     loader.pairs = method.pairs
     with train.StopOnSignal() as stop:
-        _, clock = train.train_epoch(ON_CPU, compiled, method, loader, optimizer, 0, stop)
-    assert sizes == [(8, 4)] * 2
+        _, clock = train.train_epoch(ON_CPU, forward, method, loader, optimizer, 0, stop)
+    assert sizes == [8, 8]
     assert clock["images_per_s"] * clock["seconds"] == pytest.approx(10)
 
 
@@ -2510,14 +2522,54 @@ def test_other_methods_have_their_own_weights():
     assert train.resolve(given("--method cskd --image-size 72")).alpha == 3
 
 
-def test_bench_prints_time_and_operations_of_each_method(monkeypatch, capsys):
-    """Over the baseline's; a partner without gradient costs a third of a step, as counted."""
-    monkeypatch.setattr(train, "BENCHED", ("--method baseline", "--method cskd"))
-    assert main("--bench") == 0
-    *_, header, _, baseline, cskd = capsys.readouterr().out.splitlines()
-    assert header == "| method | images/s | baseline steps | counted |" and baseline.endswith("| 1.00 | 1.00 |")
-    assert re.fullmatch(r"\| cskd \| \d+ \| \d\.\d\d \| 1\.33 \|", cskd)
-    assert "--bench goes without any other option" in refused(capsys, "--bench", "--epochs", 3)
+def test_bench_prints_time_operations_and_memory_of_each_method(monkeypatch, capsys, tmp_path):
+    """By layout and precision, over the baseline's; a partner without gradient costs a third of a step, as counted."""
+    monkeypatch.setattr(train, "BENCHED", ("--method baseline", "--method cskd", "--method kd --feature-loss at"))
+    assert main("--bench --arch wrn10_1 --batch-size 4 --device cpu --compile eager".split()) == 0
+    out, err = capsys.readouterr()
+    names = "float32 | float32, default layout | bf16 | float32, compiled | bf16, compiled"
+    lines = out.splitlines()
+    assert f"| method | {names} | operations | memory |" in lines
+    time_ = r"\d+ ms, \d+/s \(\d+\.\d\d\) \| "
+    rows = [re.fullmatch(rf"\| (\S+) \| (?:{time_}){{5}}\d+ G/s \((.*)\) \| (\d+) MB \|", line) for line in lines]
+    rows = {row[1]: (row[2], int(row[3])) for row in rows if row}
+    assert list(rows) == ["baseline", "cskd", "kd-at-wrn40_2"]
+    assert (
+        rows["baseline"][0] == "1.00"
+        and float(rows["cskd"][0]) == pytest.approx(4 / 3, abs=0.02)
+        and float(rows["kd-at-wrn40_2"][0]) > 5
+    )
+    assert 0 < rows["baseline"][1] < rows["cskd"][1]
+    assert len(re.findall(r"(?:float32|bf16), compiled, in \d+ s", err)) == 6
+    assert "Loading alone: 32 px" in out and not list(tmp_path.iterdir())
+    assert "--bench goes without any other option than --compile" in refused(capsys, "--bench", "--epochs", 3)
+
+
+def test_peak_memory_by_hand():
+    """Of four tensors of 400 bytes: two, a third beside them, which is freed before the fourth; a view adds nothing."""
+    x = torch.zeros(100)
+
+    def step():
+        a, b = x + 1, x + 2
+        b.add_(a.view(10, 10).flatten())
+        c = a + b
+        del a, c
+        return x + 3
+
+    assert train.peak_memory(step, cuda=False) == 1200
+
+
+def test_freed_memory_stays_with_the_process():
+    """So that a tensor above 32 MiB does not pay page faults again each time: glibc's default."""
+    train.keep_freed_memory()
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)  # 64 MiB, 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert min(faults() for _ in range(5)) < 1000
 
 
 def test_resume_without_a_path_takes_mixup_without_a_value(tmp_path, capsys):
@@ -2847,6 +2899,218 @@ def test_ctrl_c_in_a_terminal_exits_with_130(tmp_path):
     assert "Traceback" not in err and f"continue with: python train.py --resume {tmp_path / 'run'}" in err
 
 
+# --------------------------------------------------------------------------------------------- many processes
+
+
+@pytest.mark.parametrize("size, pairs, workers", [(16, None, 0), (16, "class", 0), (72, None, 1), (72, "view", 0)])
+def test_processes_share_the_draws_of_the_whole_batch(size, pairs, workers):
+    """Order, crops and flips: what two or three processes get together is what one gets, bit for bit."""
+    images = torch.randint(256, (28, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def epoch(**kwargs):
+        split = data.Split(images, torch.arange(28) // 4)
+        loader = data.make_loader(split, train=True, batch_size=11, image_size=size, workers=workers, **kwargs)
+        loader.pairs = pairs
+        return list(loader.epoch(3))
+
+    whole = epoch()
+    assert [len(y) for _, y in whole] == [11, 11, 6]
+    for n in (2, 3):
+        parts = [epoch(rank=rank, processes=n) for rank in range(n)]
+        for step, (x, y) in enumerate(whole):
+            halves = [part[step][0].chunk(2 if pairs else 1) for part in parts]
+            assert torch.equal(torch.cat([half[0] for half in halves]), x[: len(y)])
+            assert torch.equal(torch.cat([half[-1] for half in halves]), x[-len(y) :])
+            assert torch.equal(torch.cat([part[step][1] for part in parts]), y)
+
+
+def test_processes_mix_by_the_same_share():
+    """lambda, and the box of CutMix, are the batch's; only the pairs are made within a process."""
+    mix = v2.CutMix(alpha=1.0, num_classes=10)
+    _, loader = device_loader(n=8, batch_size=8, mix=mix)
+    shares = {share for share in next(loader.epoch(0))[1].flatten().tolist() if share}
+    for rank in (0, 1):
+        _, loader = device_loader(n=8, batch_size=8, mix=mix, rank=rank, processes=2)
+        ((x, y),) = loader.epoch(0)
+        assert len(x) == 4 and {share for share in y.flatten().tolist() if share} == shares
+
+
+def test_a_last_batch_too_small_for_the_processes_joins_the_one_before():
+    """Fewer than two images each; of one process, a single image."""
+    for n, processes, sizes in ((23, 2, [10, 13]), (24, 2, [10, 10, 4]), (25, 3, [10, 15]), (21, 1, [10, 11])):
+        loaders = [device_loader(n=n, batch_size=10, rank=rank, processes=processes)[1] for rank in range(processes)]
+        assert all(loader.sizes == sizes and len(loader) == len(sizes) for loader in loaders)
+        parts = torch.tensor([[len(index) for index in loader.batches(0)] for loader in loaders])
+        assert parts.sum(0).tolist() == sizes and parts.min() >= 2
+        assert (parts.max(0).values - parts.min(0).values <= 1).all()
+    with pytest.raises(data.DataError, match="--batch-size 2 leaves some of 3 processes without an image"):
+        device_loader(n=9, batch_size=2, processes=3)
+
+
+def test_processes_evaluate_each_image_once_in_the_batches_of_one():
+    """Whole batches in turn; a process that has none left still takes part in the last step."""
+    whole = [x for x, _ in device_loader(n=10, train=False)[1].epoch()]
+    loaders = [device_loader(n=10, train=False, rank=rank, processes=2)[1] for rank in range(2)]
+    first, second = ([x for x, _ in loader.epoch()] for loader in loaders)
+    assert_close([first[0], second[0], first[1]], whole, rtol=0, atol=0)
+    assert [len(loader) for loader in loaders] == [2, 2] and (len(first), len(second)) == (2, 1)
+
+
+class Plain(nn.Module):
+    """A network without batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 7)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(x)).mean((2, 3)))
+
+
+def recorded_epoch(task, method, loader):
+    """One epoch of training -> means of the terms so far after each step, all parameters."""
+    steps = []
+
+    class Recorded(train.Meter):
+        def update(self, *args):
+            super().update(*args)
+            steps.append(self.read())
+
+    args = SimpleNamespace(**vars(ON_CPU) | dict(compile=None))
+    optimizer = torch.optim.SGD(method.parameters(), 0.1, momentum=0.9)
+    forward = train.Forward(method, args, task.usual(loader), task.unused_parameters)
+    with train.StopOnSignal() as stop, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "Meter", Recorded)
+        task.train_epoch(args, forward, method, loader, optimizer, 0, stop)
+    return steps, torch.nn.utils.parameters_to_vector(method.parameters()).detach()
+
+
+def small_runs():
+    """What is compared: {name: what `recorded_epoch` gives}, of this process among those that train together."""
+    among = dict(rank=train.rank(), processes=train.processes())
+    images = torch.randint(256, (31, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks = torch.randint(3, (31, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    masks[:9, :40] = data.VOID  # unequal among the parts
+    torch.manual_seed(0)
+    plain = frskd.Baseline(Plain())
+    small = data.make_loader(
+        data.Split(images[:, :16, :16], torch.arange(31) // 5), train=True, batch_size=12, image_size=16, **among
+    )
+    parts = mask_loader(images, masks, batch_size=12, part=6 // train.processes(), **among)
+    return dict(
+        baseline=recorded_epoch(train.CLASSIFICATION, plain, small),
+        segmentation=recorded_epoch(seg.SEGMENTATION, pixel_method(), parts),
+    )
+
+
+def one_of_many(out):
+    """What each process does that torchrun starts below; the first leaves its results in `out`."""
+    with train.joined():
+        results = small_runs()
+        torch.manual_seed(train.rank())  # processes that begin apart are made equal
+        student = frskd.WideResNet(10, 1, 28)
+        method = frskd.FRSKD(student, frskd.BiFPNc(student.channels, 28))
+        loader = device_loader(n=28, size=16, rank=train.rank(), processes=train.processes())[1]
+        _, weights = recorded_epoch(train.CLASSIFICATION, method, loader)
+        train.share_buffers(method)
+        everyone = torch.cat([weights, *(b.double() for b in map(torch.flatten, method.buffers()))])
+        smallest, largest = train.total(everyone.clone(), MIN), train.total(everyone.clone(), MAX)
+        among = dict(rank=train.rank(), processes=train.processes())
+        test = data.make_loader(
+            data.load("shapes", image_size=16).test, train=False, batch_size=90, image_size=16, **among
+        )
+        accuracy = train.evaluate(student, test, torch.autocast("cpu", enabled=False))
+        results |= dict(equal=torch.equal(smallest, largest), student=student.state_dict(), accuracy=accuracy)
+        if train.rank() == 0:
+            torch.save(results, out)
+
+
+MIN, MAX = torch.distributed.ReduceOp.MIN, torch.distributed.ReduceOp.MAX
+
+
+def torchrun(processes, *argv, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen([*command, *map(str, argv)], **pipes | kwargs)
+
+
+@pytest.fixture(scope="module")
+def of_many(tmp_path_factory):
+    """{2: ..., 3: ...}: what `one_of_many` leaves, of two processes and of three."""
+    folder = tmp_path_factory.mktemp("many")
+    for n in (2, 3):
+        process = torchrun(n, HERE / "test_frskd.py", folder / f"{n}.pt")
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    return {n: torch.load(folder / f"{n}.pt", weights_only=True) for n in (2, 3)}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("name", ["baseline", "segmentation"])
+def test_processes_without_batch_norm_train_as_one(of_many, name, n):
+    """Three steps of 12, 12 and 7 images, and masks with void in two parts: losses, terms and weights to 1e-5."""
+    (steps, weights), (steps_n, weights_n) = small_runs()[name], of_many[n][name]
+    assert len(steps) == len(steps_n) == 3 and steps[0]["ce"] != steps[-1]["ce"]
+    for expected, actual in zip(steps, steps_n):
+        assert actual == pytest.approx(expected, rel=1e-5)
+    assert_close(weights_n, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_keep_equal_weights_and_evaluate_as_one(of_many, n):
+    """FRSKD, with batch norm: parameters and buffers equal bit for bit, accuracies those of one process."""
+    assert of_many[n]["equal"]
+    student = frskd.WideResNet(10, 1, 28)
+    student.load_state_dict(of_many[n]["student"])
+    test = data.load("shapes", image_size=16).test
+    loader = data.make_loader(test, train=False, batch_size=90, image_size=16)
+    assert train.evaluate(student, loader, torch.autocast("cpu", enabled=False)) == of_many[n]["accuracy"]
+
+
+def test_torchrun_trains_shapes_survives_a_kill_and_leaves_one_run(tmp_path):
+    """--max-restarts and --resume: one of two processes is killed, both start again at the last checkpoint."""
+    folder = tmp_path / "run"
+    options = [*TINY, "--per-class", 20, "--epochs", 8, "--compile", "eager", "--output", folder, "--resume"]
+    process = torchrun(2, "--max-restarts", 1, HERE / "train.py", *options, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (folder / "last.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "another process is gone; continue with: torchrun --nproc-per-node=2 train.py --resume" in err
+    assert [entry["epoch"] for entry in log_of(folder)] == list(range(1, 9))
+    assert out.count("epoch 8/8") == 1 and out.count("seed 0: top-1") == 1
+    args = json.loads((folder / "args.json").read_text())
+    assert args["processes"] == 2 and args["command"].startswith("torchrun --nproc-per-node=2 train.py --arch wrn10_1")
+    metrics = {key: log_of(folder)[-1][key] for key in ("top1", "top5")}
+    student = frskd.WideResNet(10, 1, 8)
+    student.load_state_dict(torch.load(folder / "student.pt", weights_only=True))
+    loader = data.make_loader(data.load("shapes", image_size=16).test, train=False, batch_size=16, image_size=16)
+    assert train.evaluate(student, loader, torch.autocast("cpu", enabled=False)) == metrics
+
+
+def test_a_broken_image_of_one_process_stops_all_with_one_line(tmp_path):
+    """seg.py in two processes, then an image that cannot be read; one process goes on where they stopped."""
+    where, folder = voc_tree(tmp_path / "voc"), tmp_path / "run"
+    options = [*TINY_SEG, "--data-dir", where, "--batch-size", 8, "--epochs", 12, "--output", folder]
+    process = torchrun(2, HERE / "seg.py", *options)
+    while not (folder / "last.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    image = where / "VOCdevkit/VOC2007/JPEGImages/000032.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count("seg.py: error: ") == 1 and f"error: {image}: not a readable" in err
+    image.write_bytes(whole)
+    done = len(log_of(folder))
+    assert json.loads((folder / "args.json").read_text())["processes"] == 2
+    assert 0 < done < 12 and seg_main("--resume", folder) == 0 and len(log_of(folder)) == 12
+
+
 # --------------------------------------------------------------------------------- seg.py: networks and losses
 
 
@@ -3110,10 +3374,13 @@ class Answers(nn.Module):
 
 
 class Masks:
-    classes = ["a", "b", "c"]
+    classes, device = ["a", "b", "c"], "cpu"
 
     def __init__(self, mask):
         self.mask = mask
+
+    def __len__(self):
+        return 1
 
     def epoch(self):
         yield torch.zeros(1, 3, 64, 64), [self.mask]
@@ -3498,14 +3765,10 @@ def one_epoch(part, clip_value=None):
     masks = torch.randint(3, (40, 64, 64), dtype=torch.uint8, generator=g)
     loader = mask_loader(images, masks, batch_size=32, part=part)
     optimizer = Recorded(method.parameters(), 0.1)
-    args, optimizer.compiled = SimpleNamespace(**vars(ON_CPU) | dict(clip_value=clip_value)), []
-
-    def compiled(x, y, totals):
-        optimizer.compiled.append(len(x))
-        return method(x, y, totals)
-
+    args = SimpleNamespace(**vars(ON_CPU) | dict(clip_value=clip_value))
+    forward, optimizer.compiled = with_counted_compiler(seg.SEGMENTATION, method, loader)
     with train.StopOnSignal() as stop:
-        means, clock = seg.train_epoch(args, compiled, method, loader, optimizer, 1, stop)
+        means, clock = seg.train_epoch(args, forward, method, loader, optimizer, 1, stop)
     assert clock["images_per_s"] * clock["seconds"] == pytest.approx(40)
     return means, optimizer, list(method.parameters())
 
@@ -3774,3 +4037,7 @@ def test_the_readmes_method_of_ones_own_trains(tmp_path, monkeypatch, capsys):
     )
     (entry,) = log_of(tmp_path / "runs/shapes-wrn10_1-smoothing-bs16-px16-n8-e1-s0")
     assert entry["ce"] > 0 and (tmp_path / "runs/shapes-wrn10_1-smoothing-bs16-px16-n8-e1-s0/student.pt").exists()
+
+
+if __name__ == "__main__":
+    one_of_many(sys.argv[1])

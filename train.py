@@ -25,17 +25,26 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -50,7 +59,7 @@ from data import DataError
 COMMON = dict(  # Sec. 4.1; momentum: the paper is silent, 0.9 is the authors' code
     method="frskd", arch="resnet18", epochs=200, lr_drops=(1 / 2, 3 / 4), lr=0.1, momentum=0.9, weight_decay=1e-4,
     temperature=4.0, teacher="bifpnc", width=2, channels=256, feature_loss="at", sla=False, mixup=None, cutmix=None,
-    teacher_arch="resnet34", teacher_checkpoint=None, blocks=None, per_class=None, amp=False,
+    teacher_arch="resnet34", teacher_checkpoint=None, blocks=None, per_class=None, amp=False, sync_bn=False,
 )  # fmt: skip
 CIFAR = COMMON | dict(stats="cifar", image_size=32, alpha=2.0, beta=100.0, batch_size=128)
 FGVR = COMMON | dict(stats="imagenet", image_size=224, alpha=1.0, beta=200.0, batch_size=32)
@@ -194,7 +203,7 @@ def tagged(args, defaults, tags, ignored):
         value = getattr(args, key)
         if value != defaults[key] and key not in ignored:
             name += f"-{tag}{text(value)}"
-    return name + "-amp" * args.amp
+    return name + "-amp" * args.amp + "-syncbn" * args.sync_bn
 
 
 def text(value):
@@ -279,8 +288,8 @@ METHODS = {  # name -> (student, number of classes, args) -> method, see frskd.F
     "one": lambda student, num_classes, args: baselines.ONE(student, num_classes, **weights(args)),
     "ddgsd": lambda student, num_classes, args: baselines.DDGSD(student, **weights(args)),
     "byot": lambda student, num_classes, args: baselines.BYOT(
-        student, num_classes, image_size=args.image_size, **weights(args)
-    ),
+        student, num_classes, image_size=args.image_size, **weights(args) | dict(beta=args.beta * processes())
+    ),  # its feature term is a sum over a process's images, the others are means
     "sad": lambda student, num_classes, args: baselines.SAD(student, **weights(args)),
     "cskd": lambda student, num_classes, args: baselines.CSKD(student, **weights(args)),
     "slasd": lambda student, num_classes, args: baselines.SLASD(student, num_classes, **weights(args)),
@@ -325,6 +334,8 @@ def build_loaders(args, training=True):
         stats=data.STATS[args.stats],
         workers=args.workers,
         device=args.device,
+        rank=rank(),
+        processes=processes(),
     )
     mix = None
     if args.mixup:
@@ -333,6 +344,103 @@ def build_loaders(args, training=True):
         mix = v2.CutMix(alpha=args.cutmix, num_classes=len(loaded.classes))
     loaders = [data.make_loader(loaded.train, train=True, mix=mix, **options)] if training else []
     return loaded, *loaders, data.make_loader(loaded.test, train=False, **options)
+
+
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+def rank():
+    """The number of this process among those that train together; the first one, 0, alone prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    """How many processes train together: those that torchrun started, or one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local(name):
+    """LOCAL_RANK or LOCAL_WORLD_SIZE, of the processes on this machine: torchrun's environment."""
+    return int(os.environ[name]) if processes() > 1 else dict(LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)[name]
+
+
+@contextmanager
+def joined():
+    """Joins the processes that torchrun started, where it did: NCCL among GPUs, one each, gloo among CPUs."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if number < gpus:
+        torch.cuda.set_device(number)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    store, number, count = next(rendezvous("env://"))
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it may hold the addresses of before
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(error):
+    """Raises the error of the first process that has one, in all of them; does nothing where all have None."""
+    if processes() > 1:
+        failed = torch.tensor([error is not None], dtype=torch.int32)  # on the CPU: no device is waited for
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed:
+            errors = [None] * processes()
+            dist.all_gather_object(errors, error)
+            error = next(e for e in errors if e is not None)
+            error.told = rank() > 0  # by the first process
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def agreed():
+    """Around what a process does alone: where it fails in one of them, all stop, by the same error."""
+    error = None
+    try:
+        yield
+    except (UserError, DataError) as raised:
+        error = raised
+    agree(error)
+
+
+def total(tensor, operation=dist.ReduceOp.SUM):
+    """The sum over all processes, in place, or the minimum, maximum ..."""
+    if processes() > 1:
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def share_buffers(method):
+    """Every process gets the running statistics of batch norm of the first, as DistributedDataParallel at a step."""
+    if processes() > 1:
+        for buffer in method.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class Forward:
+    """The method on a batch: (x, y, ...) -> terms, logits; compiled with --compile, gradients averaged over processes.
+
+    usual: the number of labels of a whole batch. Another goes uncompiled, so that nothing is compiled a second time.
+    """
+
+    def __init__(self, method, args, usual, unused_parameters=False):
+        self.eager, self.usual = method, usual
+        if processes() > 1:
+            devices = [torch.cuda.current_device()] if "cuda" in args.device else None
+            self.eager = DistributedDataParallel(method, devices, find_unused_parameters=unused_parameters)
+        self.compiled = torch.compile(self.eager, backend=args.compile) if args.compile else self.eager
+
+    def __call__(self, x, y, *more):
+        return (self.compiled if len(y) == self.usual else self.eager)(x, y, *more)
+
+    def accumulating(self, more):
+        """A context for a part of a batch: while there is `more`, gradients are added up without averaging them."""
+        return self.eager.no_sync() if more and processes() > 1 else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------- loop
@@ -358,10 +466,12 @@ class Task:
     build_student: Callable  # (args, num_classes) -> student
     methods: dict  # name -> (student, num_classes, args) -> method
     pretrain: Callable  # (args, method): loads the weights that a fresh run starts from
+    usual: Callable  # training loader -> labels of a whole batch, see Forward
+    unused_parameters: bool  # whether some parameters get no gradient, which DistributedDataParallel must know
     train_epoch: Callable  # (args, forward, method, loader, optimizer, epoch, stop) -> means of the terms, the clock
     evaluate: Callable  # (student, loader, autocast, stop=None) -> metrics; the first is nan if a logit is no number
     draw: Callable  # (method, loader, data, path)
-    reports: dict  # options that print something and stop: {key: function (task, value)}
+    reports: dict  # options that print something and stop: {key: (function (task, given), other options it takes)}
 
     @property
     def metric(self):
@@ -369,17 +479,15 @@ class Task:
 
 
 def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
-    """One pass over the training images; -> means of the terms and train_top1, the clock.
-
-    forward is the method, compiled or not. A smaller last batch goes to the method itself: no compiling again.
-    """
+    """One pass over the training images; -> means of the terms and train_top1, the clock. forward: see Forward."""
     method.train()
-    meter, autocast = Meter(method, epoch), precision(args)
+    meter, autocast, sizes = Meter(method, epoch), precision(args), loader.sizes
     for x, y in watched(loader.epoch(epoch), len(loader), meter, args, stop):
         with autocast:
-            terms, logits = (forward if len(y) == loader.batch_size else method)(x, y)
+            terms, logits = forward(x, y)
+        share = len(y) * processes() / sizes[meter.step]  # the processes' gradients are averaged; 1 for a single one
         optimizer.zero_grad()
-        sum(terms.values()).backward()
+        (share * sum(terms.values())).backward()
         optimizer.step()
         meter.update(terms | dict(train_top1=accuracy(logits, y)), len(y))
     return meter.read(), meter.clock()
@@ -392,17 +500,32 @@ def accuracy(logits, y):
 
 
 def watched(batches, steps, meter, args, stop):
-    """The batches of an epoch under a progress bar: the meter is read every 50 steps, a signal ends it."""
+    """The batches of an epoch under a progress bar: the meter is read every 50 steps."""
     with progress_bar(steps, epoch_title(meter.epoch, args)) as bar:
-        asked = time.perf_counter()
-        for batch in batches:
-            meter.data_wait += time.perf_counter() - asked
+        for batch in stopped_by(stop, batches, steps, meter):
             yield batch
             if meter.step % 50 == 0:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in meter.read().items()})
             bar.update()
-            stop.check()
-            asked = time.perf_counter()
+
+
+def stopped_by(stop, batches, steps, meter=None):
+    """The batches of an epoch, until a signal, or an image that cannot be read, stops all processes at the same step.
+
+    Where a process has fewer batches than steps, it waits for the others. The meter adds up the time spent waiting.
+    """
+    batches, error = iter(batches), None
+    for _ in range(steps):
+        asked = time.perf_counter()
+        try:
+            batch = next(batches, None)
+        except DataError as raised:
+            error = raised
+        if meter:
+            meter.data_wait += time.perf_counter() - asked
+        stop.check(error)
+        if batch is not None:
+            yield batch
 
 
 def epoch_title(epoch, args):
@@ -413,53 +536,66 @@ def train(task, args, loaders, folder, checkpoint, stop):
     """Train to args.epochs, from the checkpoint where there is one; -> the log, a list of dicts, one an epoch."""
     loaded, train_loader, test_loader = loaders
     method = build_method(task, args, len(loaded.classes))
+    if args.sync_bn:
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     train_loader.pairs = getattr(method, "pairs", None)  # what the method wants beside each image
     optimizer = torch.optim.SGD(  # weight decay on everything, as the authors' code
         method.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     log = []
-    if checkpoint:
-        load_state(method, checkpoint["method"], unfit_checkpoint(args))
-        load_state(optimizer, checkpoint["optimizer"], unfit_checkpoint(args))
-        log = checkpoint["log"]
-    else:
-        task.pretrain(args, method)
-        remove_run(folder)
-    write_run(folder, args, loaded, log)
+    with agreed():
+        if checkpoint:
+            load_state(method, checkpoint["method"], unfit_checkpoint(args))
+            load_state(optimizer, checkpoint["optimizer"], unfit_checkpoint(args))
+            log = checkpoint["log"]
+        else:
+            task.pretrain(args, method)
+            if rank() == 0:
+                remove_run(folder)
+        if rank() == 0:
+            write_run(folder, args, loaded, log)
 
     autocast = precision(args)
-    forward = torch.compile(method, backend=args.compile) if args.compile else method
+    forward = Forward(method, args, task.usual(train_loader), task.unused_parameters)
     metric, metric_name = task.metric, task.metrics[task.metric]
     pictures = getattr(args, task.picture)
     for epoch in range(len(log), args.epochs):
-        torch.manual_seed(data.seed_of(args.seed, epoch))  # for dropout: a resumed run draws the same
+        key = [rank()] if rank() > 0 else []  # each process its own
+        torch.manual_seed(data.seed_of(args.seed, epoch, *key))  # for dropout: a resumed run draws the same
         lr = optimizer.param_groups[0]["lr"] = args.lr / 10 ** sum(epoch >= m for m in args.milestones)
         if hasattr(method, "set_epoch"):
             method.set_epoch(epoch, args.epochs)
         means, clock = task.train_epoch(args, forward, method, train_loader, optimizer, epoch, stop)
+        share_buffers(method)
         metrics = task.evaluate(method.student, test_loader, autocast, stop)
         check_finite(method, metrics[metric], epoch)
         log.append(dict(epoch=epoch + 1, lr=lr, **means, **metrics, **clock))
         terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
         result = f"{metric_name} {metrics[metric]:.2f}  {clock['images_per_s']:.0f} images/s"
-        print(f"{epoch_title(epoch, args)}  lr {lr:g}  {terms}  {result}", flush=True)
-        write_log(folder, log)
-        save_checkpoint(folder, method, optimizer, args, log)
-        if pictures and epoch + 1 in pictures:
-            task.draw(method, test_loader, loaded, folder / f"{task.picture}-{epoch + 1}.png")
-    if not pictures:
-        task.draw(method, test_loader, loaded, folder / f"{task.picture}.png")
+        with agreed():
+            if rank() == 0:
+                print(f"{epoch_title(epoch, args)}  lr {lr:g}  {terms}  {result}", flush=True)
+                write_log(folder, log)
+                save_checkpoint(folder, method, optimizer, args, log)
+                if pictures and epoch + 1 in pictures:
+                    task.draw(method, test_loader, loaded, folder / f"{task.picture}-{epoch + 1}.png")
+    with agreed():
+        if rank() == 0 and not pictures:
+            task.draw(method, test_loader, loaded, folder / f"{task.picture}.png")
     return log
+
+
+NEVER = 1 << 62  # a step that no epoch reaches
 
 
 class Meter:
     """Means of the terms over the images, and the first step at which a term or a gradient was not finite.
 
-    Everything is kept on the device; read() is the only synchronisation.
+    Everything is kept on the device; read() is the only synchronisation, of processes too.
     """
 
     def __init__(self, method, epoch):
-        self.method, self.epoch, self.step, self.images = method, epoch, 0, 0
+        self.method, self.epoch, self.step, self.images = method, epoch, 0, 0.0
         self.sums = self.first_bad = None
         self.began, self.data_wait = time.perf_counter(), 0.0
 
@@ -472,41 +608,41 @@ class Meter:
         if self.step == 0:
             self.terms, self.gradients = list(terms), list(gradients)
             self.sums = torch.zeros_like(values)
-            self.first_bad = torch.full(finite.shape, -1, device=values.device)
+            self.first_bad = torch.full(finite.shape, NEVER, device=values.device)
         self.sums += values * images
-        self.first_bad = torch.where(finite | (self.first_bad >= 0), self.first_bad, self.step)
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(self.step))
         self.step += 1
         self.images += images
 
     def read(self):
-        """-> mean of each term over the images so far. Raises NonFinite."""
-        first_bad = self.first_bad.tolist()
-        bad = [(step, i) for i, step in enumerate(first_bad) if step >= 0]
+        """-> mean of each term over the images so far, of all processes. Raises NonFinite, in all of them."""
+        first_bad = total(self.first_bad.clone(), dist.ReduceOp.MIN).tolist()
+        *sums, self.images_of_all = total(torch.cat([self.sums, self.sums.new_tensor([self.images])])).tolist()
+        bad = [(step, i) for i, step in enumerate(first_bad) if step < NEVER]
         if bad:
             step, i = min(bad)  # the earliest; in one step, terms before gradients
             n = len(self.terms)
             what = f"the term {self.terms[i]}" if i < n else f"the gradient of {self.gradients[i - n]}"
             raise NonFinite(f"{what} is not finite in epoch {self.epoch + 1}, step {step + 1}")
-        return dict(zip(self.terms, (self.sums / self.images).tolist()))
+        return {name: value / self.images_of_all for name, value in zip(self.terms, sums)}
 
     def clock(self):
+        """Of the epoch so far; images as of the last read(), the others of this process."""
         seconds = time.perf_counter() - self.began
-        return dict(images_per_s=self.images / seconds, seconds=seconds, data_wait=self.data_wait)
+        return dict(images_per_s=self.images_of_all / seconds, seconds=seconds, data_wait=self.data_wait)
 
 
 @torch.no_grad()
 def evaluate(student, loader, autocast, stop=None):
     """-> top-1 and top-5 accuracy in percent, of the student alone, in evaluation mode; nan if a logit is no number."""
     student.eval()
-    counts = 0
-    for x, y in loader.epoch():
+    counts = torch.zeros(3, dtype=torch.long, device=loader.device)
+    for x, y in stopped_by(stop or StopOnSignal(), loader.epoch(), len(loader)):
         with autocast:
             logits = student(x)
         hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-        counts = counts + torch.stack([hits[:, 0].sum(), hits.sum(), (~logits.isfinite()).sum()])
-        if stop:
-            stop.check()
-    top1, top5, not_finite = counts.tolist()
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), (~logits.isfinite()).sum()])
+    top1, top5, not_finite = total(counts).tolist()
     if not_finite:
         return dict(top1=math.nan, top5=math.nan)
     return dict(top1=100 * top1 / len(loader.split), top5=100 * top5 / len(loader.split))
@@ -522,10 +658,11 @@ def check_finite(method, result, epoch):
 
 
 class StopOnSignal:
-    """While it is entered, SIGINT and SIGTERM are remembered, and check(), called after each step, raises Stopped."""
+    """While it is entered, SIGINT and SIGTERM are remembered, and check(), called before each step, raises Stopped."""
+
+    signum = None
 
     def __enter__(self):
-        self.signum = None
         self.before = {s: signal.signal(s, self.remember) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -537,9 +674,11 @@ class StopOnSignal:
         self.signum = signum
         signal.signal(signum, self.before[signum])  # a second one does not wait for the step
 
-    def check(self):
-        if self.signum is not None:
-            raise Stopped(self.signum)
+    def check(self, error=None):
+        """Raises Stopped after a signal, or the error, in every process where it is so in one."""
+        if error is None and self.signum is not None:
+            error = Stopped(self.signum)
+        agree(error)
 
 
 def keep_freed_memory():
@@ -561,7 +700,8 @@ def precision(args):
 
 def progress_bar(steps, title):
     """Gone when it is closed; seldom redrawn where it goes into a file."""
-    return tqdm(total=steps, desc=title, leave=False, mininterval=0.1 if sys.stderr.isatty() else 5)
+    interval = 0.1 if sys.stderr.isatty() else 5
+    return tqdm(total=steps, desc=title, leave=False, mininterval=interval, disable=rank() > 0)
 
 
 def result_line(task, args, log, test_name):
@@ -607,12 +747,13 @@ def remove_run(folder):
 def write_run(folder, args, loaded, log):
     """args.json, and log.jsonl with the epochs that a checkpoint holds."""
     about = dict(
-        command=f"python {args.script} {shlex.join(args.argv)}",
+        command=f"{launcher(args.script)} {shlex.join(args.argv)}",
         torch=torch.__version__,
         torchvision=torchvision.__version__,
         python=sys.version.split()[0],
         device_name=torch.cuda.get_device_name() if "cuda" in args.device else os.uname().machine,
         threads=torch.get_num_threads(),
+        processes=processes(),
         train_images=len(loaded.train),
         test_images=len(loaded.test),
         test_name=loaded.test_name,
@@ -626,6 +767,12 @@ def write_run(folder, args, loaded, log):
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
     write_atomically(folder / "args.json", lambda file: file.write(json.dumps(values | about, indent=1).encode()))
     write_log(folder, log)
+
+
+def launcher(script):
+    """What starts it again as it was started: python train.py, or torchrun --nproc-per-node=2 train.py."""
+    count = local("LOCAL_WORLD_SIZE")
+    return f"torchrun --nproc-per-node={count} {script}" if processes() > 1 else f"python {script}"
 
 
 def write_log(folder, log):
@@ -793,19 +940,25 @@ def heat_map(feat, image):
     return 0.35 * image.mean(0) + 0.65 * palette[:, (255 * heat).long()]
 
 
-BENCH = dict(dataset="cifar100", arch="wrn16_2", device="cpu")
+BENCH = dict(dataset="cifar100", arch="wrn16_2")
 BENCHED = (
     "--method baseline", "--method one", "--method ddgsd", "--method byot", "--method sad", "--method cskd",
     "--method slasd", "--beta 0", "", "--feature-loss fitnet", "--feature-loss od", "--sla",
-    "--method kd --teacher-arch wrn40_2", "--method kd --teacher-arch wrn40_2 --feature-loss fitnet",
-    "--method kd --teacher-arch wrn40_2 --feature-loss at", "--method kd --teacher-arch wrn40_2 --feature-loss od",
+    "--method kd", "--method kd --feature-loss fitnet", "--method kd --feature-loss at",
+    "--method kd --feature-loss od",
 )  # fmt: skip
+BENCH_COLUMNS = {  # name -> what training_step takes
+    "float32": dict(),
+    "float32, default layout": dict(memory_format=torch.contiguous_format),
+    "bf16": dict(amp=True),
+}
+BENCH_OPTIONS = ("compile", "arch", "batch_size", "device")
 
 
-def print_table(task, folder):
+def print_table(task, given):
     """Mean and standard deviation over seeds of the task's runs below a folder, in markdown: laid out as Table 1, and
     where runs differ in alpha and in beta, a grid of the two, the numbers of Figure 4."""
-    metric, metric_name = task.metric, task.metrics[task.metric]
+    folder, metric, metric_name = given["table"], task.metric, task.metrics[task.metric]
     runs, grids, left_out, order = {}, {}, [], {}
     for path in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
         try:
@@ -844,37 +997,126 @@ def print_table(task, folder):
         print("\nNot averaged:\n" + "\n".join(left_out))
 
 
-def print_bench(task, _):
-    """Time and cost of a training step of each method, over the baseline's: WRN-16-2, batches of 128 at 32 px, 100
-    classes; the pretrained teacher is WRN-40-2. Counted: by `step_flops`."""
-    variants, counted = {}, {}
+def print_bench(task, given):
+    """Time of a training step of each method at 32 px, 100 classes, by memory layout and precision; what it computes
+    and holds; loading alone. On a CPU in batches of 32 unless told, so that two cores are done in two minutes."""
+    args = with_defaults(CIFAR | BENCH, dict(attention=None), {k: v for k, v in given.items() if k in BENCH_OPTIONS})
+    check_values(task, args)
+    cuda, columns = "cuda" in args.device, dict(BENCH_COLUMNS)
+    batch_size = given.get("batch_size", 128 if cuda else 32)
+    if args.compile:
+        columns |= {f"{name}, compiled": columns[name] | dict(backend=args.compile) for name in ("float32", "bf16")}
+
+    flops, steps = {}, {}
     for options in BENCHED:
-        given = vars(task.parser().parse_args(options.split()))
-        args = task.resolve({key: value for key, value in given.items() if value is not None} | BENCH)
-        method = build_method(task, args, 100)
-        variants[task.run_name(args)] = method, torch.channels_last
-        counted[task.run_name(args)] = step_flops(method)
-    seconds = frskd.step_times(variants, rounds=5)
-    print("A training step, WRN-16-2, batch 128 at 32 px, float32, eager, CPU, median of 5 interleaved\n")
-    rows = {
-        name: [f"{128 / seconds[name]:.0f}", *(f"{of[name] / of['baseline']:.2f}" for of in (seconds, counted))]
-        for name in variants
-    }
-    print_rows("method", ["images/s", "baseline steps", "counted"], rows)
+        own = {k: v for k, v in vars(task.parser().parse_args(options.split())).items() if v is not None}
+        if own.get("method") == "kd":
+            own["teacher_arch"] = "wrn40_2" if args.arch.startswith("wrn") else "resnet34"
+        values = task.resolve(BENCH | own | dict(arch=args.arch, device=args.device))
+        name = task.run_name(values)
+        flops[name] = step_flops(build_method(task, values, 100))
+        for column, kwargs in columns.items():
+            steps[name, column] = frskd.training_step(build_method(task, values, 100), batch_size, **kwargs)
+            if "backend" in kwargs:
+                began = time.perf_counter()
+                steps[name, column]()
+                print(f"{name}, {column}, in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    seconds = frskd.step_times(steps, rounds=5, repeat=20 if cuda else 1)
+
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    about = (
+        f"A training step, {args.arch}, batch {batch_size} at 32 px, {where}: median of 5 interleaved, images/s, in "
+        "brackets the time over the baseline's of the same column. Operations of convolutions and linear layers (a "
+        "multiply-add is two): the rate in the first column, and over the baseline's. Memory: a step's peak, float32."
+    )
+    print(textwrap.fill(about, 120) + "\n")
+    rows = {name: [] for name in flops}
+    for name, row in rows.items():
+        for column in columns:
+            t = seconds[name, column]
+            row.append(f"{1e3 * t:.0f} ms, {batch_size / t:.0f}/s ({t / seconds['baseline', column]:.2f})")
+        rate = batch_size * flops[name] / seconds[name, "float32"]
+        row.append(f"{rate / 1e9:.0f} G/s ({flops[name] / flops['baseline']:.2f})")
+        row.append(f"{peak_memory(steps[name, 'float32'], cuda) / 1e6:.0f} MB")
+    print_rows("method", [*columns, "operations", "memory"], rows)
+    small, large = loading_rates(args, batch_size)
+    fastest = batch_size / min(seconds["baseline", column] for column in columns)  # images a second
+    about = (
+        f"Loading alone: 32 px, from the device's memory, {small:.0f} images/s, {small / fastest:.0f} times what the "
+        f"fastest baseline step takes; JPEGs of 500 px to 224 px, {args.workers} workers, {large:.0f} images/s."
+    )
+    print("\n" + textwrap.fill(about, 120))
 
 
 def step_flops(method, batch_size=2):
-    """Operations of convolutions and linear layers in a training step at 32 px, as executed forward and backward."""
+    """Operations of convolutions and linear layers in a training step, an image of 32 px, as executed, both ways."""
 
     def backward(grad_shape, x_shape, w_shape, *args, out_shape, **kwargs):
         transposed, output_mask = args[4], args[7]  # torch's own count of a grouped convolution's is too large
         return conv_flop_count(x_shape, w_shape, grad_shape, transposed) * sum(output_mask[:2])
 
-    rows = 2 * batch_size if getattr(method, "pairs", None) else batch_size
-    x, y = torch.randn(rows, 3, 32, 32), torch.arange(batch_size)
+    step = frskd.training_step(method, batch_size)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: backward}) as counter:
-        sum(method(x, y)[0].values()).backward()
-    return counter.get_total_flops()
+        step()
+    return counter.get_total_flops() / batch_size
+
+
+class Allocations(TorchDispatchMode):
+    """While it is entered, .peak is the largest number of bytes that new tensors held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak, self.alive = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        old = {t.untyped_storage() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        for storage in {t.untyped_storage() for t in tree_leaves(result) if torch.is_tensor(t)} - old - {*self.alive}:
+            self.alive.add(storage)
+            self.held += storage.nbytes()
+            weakref.finalize(storage, self.freed, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return result
+
+    def freed(self, size):
+        self.held -= size
+
+
+def peak_memory(step, cuda):
+    """Bytes that a step holds at most beside the weights: activations, gradients, what is passing."""
+    if cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with Allocations() as allocations:
+        step()
+    return allocations.peak
+
+
+def loading_rates(args, batch_size):
+    """Training images a second of the two loaders, no step between them: at 32 px, and of 500-px JPEGs at 224 px."""
+    images, labels, _ = data.draw_shapes(8, 500, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.jpg" for i in range(len(images))]
+        for path, image in zip(paths, images):
+            Image.fromarray(image.numpy()).save(path, quality=90)
+        rates = []
+        for split, size in (
+            (data.Split(torch.zeros(10_000, 32, 32, 3, dtype=torch.uint8), torch.arange(10_000) % 100), 32),
+            (data.Split(4 * paths, labels.repeat(4)), 224),
+        ):
+            loader = data.make_loader(
+                split, train=True, batch_size=batch_size, image_size=size, workers=args.workers, device=args.device
+            )
+            for epoch in range(2):  # the first starts the workers
+                began = time.perf_counter()
+                for _ in loader.epoch(epoch):
+                    pass
+                if "cuda" in args.device:
+                    torch.cuda.synchronize()
+            rates.append(len(split) / (time.perf_counter() - began))
+    return rates
 
 
 def print_rows(corner, columns, rows):
@@ -1042,7 +1284,9 @@ def parser():
                    "1e-4; Sec. 4.1)")
 
     g = add_run_options(p, "attention")
-    g.add_argument("--bench", action="store_true", default=None, help="time a training step of every method")
+    g.add_argument("--bench", action="store_true", default=None, help="time a training step of every method, by memory "
+                   "layout and precision, with --compile compiled too; takes --arch, --batch-size (default 128, on a "
+                   "CPU 32) and --device")
     return p
 
 
@@ -1054,6 +1298,8 @@ def add_run_options(p, picture):
                    "not live on the device; changes no number (default 2; shapes of seg.py 0)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, ... (default cuda where there is one)")
     g.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast; the losses stay in float32")
+    g.add_argument("--sync-bn", action="store_true", default=None, help="batch norm over the images of all processes "
+                   "(CUDA only; untried, for want of two GPUs)")
     g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
                    help="torch.compile the method, by this backend (inductor where none is named)")
     g.add_argument("--output", type=folder_name, metavar="DIR", help="folder of the run (default "
@@ -1167,6 +1413,20 @@ def check_values(task, args):
         raise UserError(f"{option(task.picture)} {max(pictures)} is after the last of {args.epochs} epochs")
 
 
+def check_processes(args):
+    """What several processes need of each other."""
+    kind, _, number = args.device.partition(":")
+    if args.sync_bn and kind != "cuda":
+        raise UserError(f"--sync-bn needs CUDA GPUs: there is no synchronised batch norm for {kind}")
+    if processes() == 1:
+        return
+    if number or kind == "mps":
+        raise UserError(f"--device {args.device}: torchrun's processes take cpu, or cuda, one GPU each")
+    count, gpus = local("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
+    if kind == "cuda" and count > gpus:
+        raise UserError(f"--nproc-per-node={count}: one GPU each is needed, there are {gpus}; or --device cpu")
+
+
 def fresh(task, given, argv):
     """The values of a new run."""
     task.check_options(given)
@@ -1191,7 +1451,61 @@ def resumed(task, path, given):
 
 
 def run_training(task, given, argv):
-    """A fresh run, or one continued: -> exit status."""
+    """A fresh run, or one continued, in this process and those that torchrun started beside it: -> exit status."""
+    with agreed():
+        args, checkpoint = values_of_run(task, given, argv)
+    folder = Path(args.output)
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+    for first in (True, False):  # one process of a machine fetches and unpacks, the others find what it left
+        with agreed():
+            if first == (local("LOCAL_RANK") == 0):
+                loaders = task.build_loaders(args)
+    try:
+        with StopOnSignal() as stop:
+            log = train(task, args, loaders, folder, checkpoint, stop)
+    except Stopped as stopped:
+        complain(f"{task.script}: stopped; {how_to_go_on(task, args)}", stopped)
+        return 128 + stopped.signum
+    except NonFinite as error:
+        kept = f"; {folder / 'last.pt'} is of the epoch before" if (folder / "last.pt").exists() else ""
+        error.told = rank() > 0
+        complain(f"{task.script}: error: {error}{kept}", error)
+        return 1
+    except RuntimeError as error:
+        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        print(f"{task.script}: error: another process is gone; {how_to_go_on(task, args)}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"batch norm cannot normalise one value a channel: --batch-size {args.batch_size} and --image-size "
+            f"{args.image_size} leave a single one, take larger ones"
+        ) from None
+    if rank() == 0:
+        print(result_line(task, args, log, loaders[0].test_name))
+    return 0
+
+
+def how_to_go_on(task, args):
+    if (Path(args.output) / "last.pt").exists():
+        return f"continue with: {launcher(task.script)} --resume {shlex.quote(args.output)}"
+    return f"no epoch was finished; start again with: {launcher(task.script)} {shlex.join(args.argv)} --overwrite"
+
+
+def complain(message, error):
+    """On stderr; of an error that all processes have, once."""
+    if not getattr(error, "told", False):
+        print(message, file=sys.stderr)
+
+
+def values_of_run(task, given, argv):
+    """The values of a fresh run, or of one continued and its checkpoint; refused where it cannot be made."""
     resume, checkpoint = given.get("resume"), None
     if resume and "overwrite" in given:
         raise UserError("--overwrite and --resume do not go together")
@@ -1207,35 +1521,8 @@ def run_training(task, given, argv):
     teacher = getattr(args, "teacher_checkpoint", None)
     if teacher and not checkpoint and not Path(teacher).is_file():
         raise UserError(f"--teacher-checkpoint: no such file: {teacher}")
-    folder = Path(args.output)
-    if "cuda" in args.device:
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.allow_tf32 = True
-
-    loaders = task.build_loaders(args)
-    try:
-        with StopOnSignal() as stop:
-            log = train(task, args, loaders, folder, checkpoint, stop)
-    except Stopped as stopped:
-        if (folder / "last.pt").exists():
-            how = f"continue with: python {task.script} --resume {shlex.quote(str(folder))}"
-        else:
-            how = f"no epoch was finished; start again with: python {task.script} {shlex.join(args.argv)} --overwrite"
-        print(f"{task.script}: stopped; {how}", file=sys.stderr)
-        return 128 + stopped.signum
-    except NonFinite as error:
-        kept = f"; {folder / 'last.pt'} is of the epoch before" if (folder / "last.pt").exists() else ""
-        print(f"{task.script}: error: {error}{kept}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            f"batch norm cannot normalise one value a channel: --batch-size {args.batch_size} and --image-size "
-            f"{args.image_size} leave a single one, take larger ones"
-        ) from None
-    print(result_line(task, args, log, loaders[0].test_name))
-    return 0
+    check_processes(args)
+    return args, checkpoint
 
 
 def run_eval(task, given):
@@ -1291,19 +1578,31 @@ def run_command(task, argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     dashed = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
     try:
-        given = {k: v for k, v in vars(task.parser().parse_args(dashed)).items() if v is not None}
-        for key in task.reports.keys() & given.keys():
-            if len(given) > 1:
-                raise UserError(f"{option(key)} goes without any other option")
-            task.reports[key](task, given[key])
-            return 0
-        return run_eval(task, given) if "eval" in given else run_training(task, given, argv)
+        with joined():
+            return run(task, dashed, argv)
     except (UserError, DataError) as error:
-        print(f"{task.script}: error: {error}", file=sys.stderr)
+        complain(f"{task.script}: error: {error}", error)
         return 2
     except KeyboardInterrupt:
         print(f"{task.script}: stopped", file=sys.stderr)
         return 130
+
+
+def run(task, dashed, argv):
+    """What a command line asks for; dashed: argv with dashes in the options' names. -> exit status."""
+    with agreed():
+        given = {k: v for k, v in vars(task.parser().parse_args(dashed)).items() if v is not None}
+        alone = [key for key in ("eval", *task.reports) if key in given]
+        if alone and processes() > 1:
+            raise UserError(f"{option(alone[0])} is for one process: python {task.script}, without torchrun")
+    for key in task.reports.keys() & given.keys():
+        report, with_it = task.reports[key]
+        if given.keys() - {key, *with_it}:
+            others = f"any other option than {', '.join(map(option, with_it))}" if with_it else "any other option"
+            raise UserError(f"{option(key)} goes without {others}")
+        report(task, given)
+        return 0
+    return run_eval(task, given) if "eval" in given else run_training(task, given, argv)
 
 
 CLASSIFICATION = Task(
@@ -1320,10 +1619,12 @@ CLASSIFICATION = Task(
     build_student=build_student,
     methods=METHODS,
     pretrain=load_teacher,
+    usual=lambda loader: len(loader.part_of(torch.arange(loader.batch_size))),
+    unused_parameters=False,
     train_epoch=train_epoch,
     evaluate=evaluate,
     draw=draw_attention,
-    reports=dict(table=print_table, bench=print_bench),
+    reports=dict(table=(print_table, ()), bench=(print_bench, BENCH_OPTIONS)),
 )
 
 
