@@ -540,7 +540,11 @@ def train(task, args, loaders, folder, checkpoint, stop):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     train_loader.pairs = getattr(method, "pairs", None)  # what the method wants beside each image
     optimizer = torch.optim.SGD(  # weight decay on everything, as the authors' code
-        method.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        method.parameters(),
+        args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True if "cuda" in args.device else None,
     )
     log = []
     with agreed():
@@ -1096,7 +1100,7 @@ def peak_memory(step, cuda):
 
 def loading_rates(args, batch_size):
     """Training images a second of the two loaders, no step between them: at 32 px, and of 500-px JPEGs at 224 px."""
-    images, labels, _ = data.draw_shapes(8, 500, seed=0)
+    images, labels, _ = data.draw_shapes(2, 500, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.jpg" for i in range(len(images))]
         for path, image in zip(paths, images):
@@ -1104,7 +1108,7 @@ def loading_rates(args, batch_size):
         rates = []
         for split, size in (
             (data.Split(torch.zeros(10_000, 32, 32, 3, dtype=torch.uint8), torch.arange(10_000) % 100), 32),
-            (data.Split(4 * paths, labels.repeat(4)), 224),
+            (data.Split(16 * paths, labels.repeat(16)), 224),
         ):
             loader = data.make_loader(
                 split, train=True, batch_size=batch_size, image_size=size, workers=args.workers, device=args.device
