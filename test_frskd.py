@@ -10,6 +10,7 @@ import http.server
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -2993,12 +2994,17 @@ def small_runs():
     masks[:9, :40] = data.VOID  # unequal among the parts
     torch.manual_seed(0)
     plain = frskd.Baseline(Plain())
-    small = data.make_loader(
-        data.Split(images[:, :16, :16], torch.arange(31) // 5), train=True, batch_size=12, image_size=16, **among
-    )
+    labels, kwargs = torch.arange(31) // 5, dict(train=True, image_size=16, **among)
+    small = data.make_loader(data.Split(images[:, :16, :16], labels), batch_size=12, **kwargs)
+    even = data.make_loader(data.Split(images[:18, :16, :16], labels[:18]), batch_size=6, **kwargs)
     parts = mask_loader(images, masks, batch_size=12, part=6 // train.processes(), **among)
+    student = frskd.WideResNet(10, 1, 7)
+    options = train.resolve(given("--method byot --arch wrn10_1 --image-size 16 --beta 0.01"))
+    byot = train.METHODS["byot"](student, 7, options)
     return dict(
         baseline=recorded_epoch(train.CLASSIFICATION, plain, small),
+        frskd=recorded_epoch(train.CLASSIFICATION, without_batch_norm(frskd_method(num_classes=7)), small),
+        byot=recorded_epoch(train.CLASSIFICATION, without_batch_norm(byot), even),  # a sum: exact in equal parts
         segmentation=recorded_epoch(seg.SEGMENTATION, pixel_method(), parts),
     )
 
@@ -3047,7 +3053,7 @@ def of_many(tmp_path_factory):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("name", ["baseline", "segmentation"])
+@pytest.mark.parametrize("name", ["baseline", "frskd", "byot", "segmentation"])
 def test_processes_without_batch_norm_train_as_one(of_many, name, n):
     """Three steps of 12, 12 and 7 images, and masks with void in two parts: losses, terms and weights to 1e-5."""
     (steps, weights), (steps_n, weights_n) = small_runs()[name], of_many[n][name]
@@ -3066,6 +3072,24 @@ def test_processes_keep_equal_weights_and_evaluate_as_one(of_many, n):
     test = data.load("shapes", image_size=16).test
     loader = data.make_loader(test, train=False, batch_size=90, image_size=16)
     assert train.evaluate(student, loader, torch.autocast("cpu", enabled=False)) == of_many[n]["accuracy"]
+
+
+def test_sync_bn_is_named_and_needs_gpus(capsys):
+    assert train.run_name(train.resolve(given("--sync-bn"))) == "frskd-syncbn"
+    assert "--sync-bn needs CUDA GPUs" in refused(capsys, "--sync-bn --device cpu".split())
+    assert "--sync-bn needs CUDA GPUs" in refused(capsys, "--sync-bn --device cpu".split(), script=seg)
+
+
+def test_workers_leave_signals_to_the_main_process():
+    """torchrun sends SIGTERM to all of a process group, a terminal SIGINT: a worker goes on."""
+    images = torch.zeros(40, 72, 72, 3, dtype=torch.uint8)
+    loader = data.make_loader(data.Split(images, torch.arange(40)), train=True, batch_size=2, image_size=72, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, signum)
+    assert len(list(batches)) == 19 and worker.is_alive()
 
 
 def test_torchrun_trains_shapes_survives_a_kill_and_leaves_one_run(tmp_path):
@@ -3953,7 +3977,8 @@ def test_download_of_voc_fetches_what_is_missing(tmp_path, served, monkeypatch):
 @pytest.mark.parametrize("script, number", [(train, 150), (seg, 12)])
 def test_every_command_of_the_readme_is_understood(script, number):
     text = (HERE / "README.md").read_text()
-    commands = re.findall(rf"python {script.__name__}\.py((?! --help)[^`\n]*)", text)
+    launcher = r"(?:python|torchrun --nproc-per-node=\d(?: --max-restarts=\d)?)"
+    commands = re.findall(rf"{launcher} {script.__name__}\.py((?! --help)[^`\n]*)", text)
     assert len(commands) >= number
     for command in commands:
         command = command.split("#")[0].replace("$alpha", "1").replace("$beta", "50")

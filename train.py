@@ -9,6 +9,7 @@
     python train.py --eval runs/cifar100-resnet18-frskd-s0/student.pt
     python train.py --table runs
     python train.py --bench
+    torchrun --nproc-per-node=2 train.py --dataset cifar100                  # on two GPUs; --resume as above
 
 A run writes args.json, log.jsonl (one object an epoch), last.pt (everything to resume), student.pt (the plain
 network) and attention.png into runs/<dataset>-<arch>-<name>-s<seed>.
@@ -289,7 +290,7 @@ METHODS = {  # name -> (student, number of classes, args) -> method, see frskd.F
     "ddgsd": lambda student, num_classes, args: baselines.DDGSD(student, **weights(args)),
     "byot": lambda student, num_classes, args: baselines.BYOT(
         student, num_classes, image_size=args.image_size, **weights(args) | dict(beta=args.beta * processes())
-    ),  # its feature term is a sum over a process's images, the others are means
+    ),  # its feature term is a sum over a process's images, equal parts of the batch but for the last; others are means
     "sad": lambda student, num_classes, args: baselines.SAD(student, **weights(args)),
     "cskd": lambda student, num_classes, args: baselines.CSKD(student, **weights(args)),
     "slasd": lambda student, num_classes, args: baselines.SLASD(student, num_classes, **weights(args)),
@@ -685,6 +686,14 @@ class StopOnSignal:
         agree(error)
 
 
+def use_fast_kernels(args):
+    """On CUDA, TF32 in float32's place inside products, and cuDNN's fastest convolutions for the sizes at hand."""
+    if "cuda" in args.device:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
 def keep_freed_memory():
     """Tells glibc to keep freed blocks, where it is the C library.
 
@@ -1006,6 +1015,7 @@ def print_bench(task, given):
     and holds; loading alone. On a CPU in batches of 32 unless told, so that two cores are done in two minutes."""
     args = with_defaults(CIFAR | BENCH, dict(attention=None), {k: v for k, v in given.items() if k in BENCH_OPTIONS})
     check_values(task, args)
+    use_fast_kernels(args)
     cuda, columns = "cuda" in args.device, dict(BENCH_COLUMNS)
     batch_size = given.get("batch_size", 128 if cuda else 32)
     if args.compile:
@@ -1459,11 +1469,7 @@ def run_training(task, given, argv):
     with agreed():
         args, checkpoint = values_of_run(task, given, argv)
     folder = Path(args.output)
-    if "cuda" in args.device:
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-
+    use_fast_kernels(args)
     for first in (True, False):  # one process of a machine fetches and unpacks, the others find what it left
         with agreed():
             if first == (local("LOCAL_RANK") == 0):
