@@ -738,9 +738,8 @@ def split_batches(order, batch_size, processes=1):
 # ---------------------------------------------------------------------------------------------------- loaders
 
 
-def make_loader(split, *, image_size, workers=0, stats=STATS["cifar"], **kwargs):
+def make_loader(split, *, image_size, workers=0, **kwargs):
     """The loader for a size: DeviceLoader up to 64 px, WorkerLoader above; kwargs as Loader's."""
-    kwargs["stats"] = stats
     if image_size <= DEVICE_RESIDENT:
         return DeviceLoader(split, **kwargs)
     return WorkerLoader(split, image_size=image_size, workers=workers, **kwargs)
@@ -751,8 +750,8 @@ class Loader:
 
     mix: v2.MixUp or v2.CutMix, for each batch. rank, processes: of several processes that train together, each makes a
     loader, which yields its part: in training a slice of each batch, in evaluation every processes-th batch. Order,
-    augmentation and mixing are drawn for the whole batch, so those of an image do not hang on their number.
-    Raises DataError for a batch too large, or of fewer images than processes.
+    augmentation and mixing are drawn for the whole batch: those of an image do not depend on the number of processes.
+    Raises DataError for a batch too large, or too small to give each of several processes two images.
 
     epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,), or soft y (B, num_classes) where
     batches are mixed; raw([i, ...]) gives images before normalisation, uint8 (N, 3, H, W), from the test split as
@@ -767,11 +766,13 @@ class Loader:
 
     pairs = None
 
-    def __init__(self, split, *, train, batch_size, stats, seed=0, device="cpu", mix=None, rank=0, processes=1):
+    def __init__(
+        self, split, *, train, batch_size, stats=STATS["cifar"], seed=0, device="cpu", mix=None, rank=0, processes=1
+    ):
         if train and batch_size > len(split):
             raise DataError(f"--batch-size {batch_size} is larger than the training set of {len(split)} images")
-        if train and batch_size < processes:
-            raise DataError(f"--batch-size {batch_size} leaves some of {processes} processes without an image")
+        if train and processes > 1 and batch_size < 2 * processes:
+            raise DataError(f"--batch-size {batch_size} does not give each of {processes} processes two images")
         self.rank, self.processes = rank, processes
         self.split, self.train, self.batch_size, self.seed, self.device = split, train, batch_size, seed, device
         self.mix = mix
@@ -841,9 +842,8 @@ class DeviceLoader(Loader):
         halves = [(everyone, *self.windows(epoch, "augmentation"))]
         if self.pairs:
             halves.append((self.partners(epoch).to(self.device), *self.windows(epoch, "augmentation of the partners")))
-        for index in self.batches(
-            epoch, self.device
-        ):  # the whole order at once: a copy a step would wait for the device
+        batches = self.batches(epoch, self.device)  # all at once: a copy a step would wait for the device
+        for index in batches:
             parts = [(image[index], rows[index], cols[index]) for image, rows, cols in halves]
             image, rows, cols = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
             x = self.images[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, 3)
@@ -933,7 +933,7 @@ class MaskLoader(WorkerLoader):
     """Images with masks, transformed together.
 
     Training, groups(e): one list of parts a batch, each part x (b, 3, size, size), y (b, size, size) int64, of `part`
-    images; a last single image joins the part before. Flip, shorter side to 0.5..2 times the size, random crop,
+    images, of a last batch about as many. Flip, shorter side to 0.5..2 times the size, random crop,
     padded with black and VOID where the image is smaller, blur of every other image (deviation up to 1 pixel).
     Evaluation, epoch(): x (B, 3, size, size), the whole image squeezed to that size, and B masks of their own sizes.
     Paper vs code: the paper follows overhaul distillation; the transforms are the authors', but they pad with the
@@ -959,7 +959,9 @@ class MaskLoader(WorkerLoader):
         return MaskDataset(self.split, transform, self.seed, len(self.classes), True)
 
     def groups(self, epoch):
-        groups = [split_batches(batch, self.part) for batch in self.batches(epoch)]
+        largest = [math.ceil(size / self.processes) for size in self.sizes]  # of the processes' slices of each batch
+        counts = [len(split_batches(torch.arange(n), self.part)) for n in largest]  # so all have as many parts
+        groups = [batch.tensor_split(count) for batch, count in zip(self.batches(epoch), counts)]
         parts = self.read([part for group in groups for part in group], epoch)
         for group in groups:
             yield list(itertools.islice(parts, len(group)))
@@ -1000,6 +1002,10 @@ class MaskDataset(SeededDataset):
 
 
 def init_worker(_):
-    """Ctrl-C and torchrun's SIGTERM reach the whole process group: the workers leave them to the main process."""
+    """Ctrl-C and torchrun's SIGTERM reach the whole process group: the workers leave them to the main process.
+
+    Without torchrun, SIGTERM is how the main process gets rid of a worker that hangs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if torch.distributed.is_torchelastic_launched():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

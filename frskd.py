@@ -746,15 +746,15 @@ def training_step(method, batch_size=128, memory_format=torch.channels_last, amp
     method.to(memory_format=memory_format)
     rows = 2 * batch_size if getattr(method, "pairs", None) else batch_size
     x = torch.randn(rows, 3, 32, 32, device=device).to(memory_format=memory_format)
-    y = torch.randint(100, (batch_size,), device=device)
+    y = torch.arange(batch_size, device=device) % 100
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=fused)
     forward = torch.compile(method, backend=backend) if backend else method
 
     def step():
+        optimizer.zero_grad()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             terms, _ = forward(x, y)
-        optimizer.zero_grad()
         sum(terms.values()).backward()
         optimizer.step()
 

@@ -110,6 +110,11 @@ class BiFPNLayer(nn.Module):
         self.top_down_weights = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in range(levels - 1))
         self.bottom_up_weights = nn.ParameterList(nn.Parameter(torch.ones(k)) for k in inputs)
 
+    def freeze_bottom_up(self):
+        """Says of the bottom-up path that no loss reaches it, which DistributedDataParallel has to know."""
+        self.bottom_up.requires_grad_(False)
+        self.bottom_up_weights.requires_grad_(False)
+
     def forward(self, maps):
         n, sizes = len(maps), [m.shape[-2:] for m in maps]
         top_down = [None] * (n - 1) + [maps[-1]]
@@ -192,6 +197,7 @@ class SelfTeacher(nn.Module):
         super().__init__()
         full = [BiFPNLayer(dim) for _ in range(layers - 1)]
         self.bifpn = nn.Sequential(*full, BiFPNLayer(dim, bottom_up=bottom_up))
+        self.bifpn[-1].freeze_bottom_up()
         self.head = segmentation_head(dim, num_classes)
 
     def forward(self, feats):
@@ -208,9 +214,13 @@ def resized(logits, size):
 
 
 def group_totals(labels):
-    """Pixels that are not void, at least one, and images of a batch, given y (b, H, W) of each of its parts -> (2,)."""
+    """Pixels that are not void, at least one, and images of a batch, given y (b, H, W) of each of its parts -> (2,).
+
+    Of several processes, what each has on average: their gradients are averaged, and so are the logged terms.
+    """
     pixels = sum((y != VOID).sum() for y in labels)
-    return torch.stack([pixels.clamp_min(1), torch.full_like(pixels, sum(len(y) for y in labels))])
+    totals = torch.stack([pixels, torch.full_like(pixels, sum(len(y) for y in labels))])
+    return train.all_reduced(totals).clamp_min(1) / train.processes()
 
 
 def pixel_cross_entropy(logits, y, pixels):
@@ -291,8 +301,13 @@ def build_frskd(student, num_classes, args):
     return SegmentationFRSKD(student, teacher, **{key: getattr(args, key) for key in keys})
 
 
+def build_baseline(student, num_classes, args):
+    student.bifpn[-1].freeze_bottom_up()  # the head reads P2
+    return SegmentationBaseline(student)
+
+
 METHODS = {  # name -> (student, number of classes, args) -> method
-    "baseline": lambda student, num_classes, args: SegmentationBaseline(student),
+    "baseline": build_baseline,
     "frskd": build_frskd,
 }
 
@@ -380,13 +395,12 @@ def build_loaders(args, training=True):
 def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
     """One pass over the training images, an update a batch, a batch in parts; -> means of the terms, the clock.
 
-    forward: see train.Forward. Every process divides by the totals of the whole batch over their number, for their
-    gradients and terms are averaged.
+    forward: see train.Forward.
     """
     method.train()
     meter, autocast, sizes = train.Meter(method, epoch), train.precision(args), loader.sizes
     for parts in train.watched(loader.groups(epoch), len(loader), meter, args, stop):
-        totals, means = train.total(group_totals([y for _, y in parts])) / train.processes(), {}
+        totals, means = group_totals([y for _, y in parts]), {}
         optimizer.zero_grad()
         for i, (x, y) in enumerate(parts, 1):
             with forward.accumulating(i < len(parts)):
@@ -424,16 +438,16 @@ def evaluate(student, loader, autocast, stop=None):
     student.eval()
     n = len(loader.classes)
     confusion, not_finite = torch.zeros(n, n, dtype=torch.long, device=loader.device), 0
-    for x, masks in train.stopped_by(stop or train.StopOnSignal(), loader.epoch(), len(loader)):
+    for x, masks in train.stopped_by(stop, loader.epoch(), len(loader)):
         with autocast:
             logits = student(x)
         not_finite = not_finite + (~logits.isfinite()).sum()
         for z, mask in zip(logits, masks):
             predicted = resized(z[None], mask.shape).argmax(1)[0]
             confusion += confusion_matrix(predicted, mask, n)
-    not_finite = train.total(torch.as_tensor(not_finite, device=loader.device))
-    if not train.total(confusion).any():
-        raise DataError("every pixel of the test masks is void")
+    not_finite = train.all_reduced(torch.as_tensor(not_finite, device=loader.device))
+    if not train.all_reduced(confusion).any():
+        train.agree(DataError("every pixel of the test masks is void"))
     iou = 100 * intersection_over_union(confusion)
     values = [None if math.isnan(value) else value for value in iou.tolist()]
     return dict(miou=math.nan if not_finite else iou.nanmean().item(), iou=dict(zip(loader.classes, values)))
@@ -600,8 +614,7 @@ SEGMENTATION = train.Task(
     build_student=build_student,
     methods=METHODS,
     pretrain=pretrain,
-    usual=lambda loader: loader.part,
-    unused_parameters=True,
+    whole_batch=lambda loader: loader.part,
     train_epoch=train_epoch,
     evaluate=evaluate,
     draw=draw_predictions,

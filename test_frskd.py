@@ -617,7 +617,7 @@ def test_operations_of_a_step_by_hand():
     two; depthwise convolutions count as they are."""
     layers = [nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert train.step_flops(frskd.Baseline(net)) == 2 * 2 * 1024 * (2 * 6 * 3 * 9 + 3 * 6 * 9)
+    assert train.step_flops(frskd.Baseline(net)) == 2 * 1024 * (2 * 6 * 3 * 9 + 3 * 6 * 9)
 
 
 @pytest.mark.parametrize("name", SELF_DISTILLATION)
@@ -2256,7 +2256,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path, options):
 
 def with_counted_compiler(task, method, loader):
     """A train.Forward whose compiled code is the method itself, and the lengths of the x that this was given."""
-    forward = train.Forward(method, SimpleNamespace(compile=None), task.usual(loader))
+    forward = train.Forward(method, SimpleNamespace(compile=None), task.whole_batch(loader))
     forward.compiled, sizes = counting(method)
     return forward, sizes
 
@@ -2525,25 +2525,33 @@ def test_other_methods_have_their_own_weights():
 
 def test_bench_prints_time_operations_and_memory_of_each_method(monkeypatch, capsys, tmp_path):
     """By layout and precision, over the baseline's; a partner without gradient costs a third of a step, as counted."""
-    monkeypatch.setattr(train, "BENCHED", ("--method baseline", "--method cskd", "--method kd --feature-loss at"))
+    monkeypatch.setattr(train, "BENCHED", ("--method baseline", "--method cskd", ""))
     assert main("--bench --arch wrn10_1 --batch-size 4 --device cpu --compile eager".split()) == 0
     out, err = capsys.readouterr()
     names = "float32 | float32, default layout | bf16 | float32, compiled | bf16, compiled"
     lines = out.splitlines()
-    assert f"| method | {names} | operations | memory |" in lines
-    time_ = r"\d+ ms, \d+/s \(\d+\.\d\d\) \| "
-    rows = [re.fullmatch(rf"\| (\S+) \| (?:{time_}){{5}}\d+ G/s \((.*)\) \| (\d+) MB \|", line) for line in lines]
-    rows = {row[1]: (row[2], int(row[3])) for row in rows if row}
-    assert list(rows) == ["baseline", "cskd", "kd-at-wrn40_2"]
-    assert (
-        rows["baseline"][0] == "1.00"
-        and float(rows["cskd"][0]) == pytest.approx(4 / 3, abs=0.02)
-        and float(rows["kd-at-wrn40_2"][0]) > 5
-    )
-    assert 0 < rows["baseline"][1] < rows["cskd"][1]
-    assert len(re.findall(r"(?:float32|bf16), compiled, in \d+ s", err)) == 6
+    assert f"| method | counted | {names} |" in lines
+    step = r" \d+ ms, \d+/s \((\d+\.\d\d)\), \d+ G/s"
+    columns = rf"{step}, (\d+) MB \|{step}, \d+ MB \|{step}, \d+ MB \|{step} \|{step} \|"
+    rows = [re.fullmatch(rf"\| (.*) \| (\d+\.\d\d) \|{columns}", line) for line in lines]
+    counted, ratios, memory = ({row[1]: float(row[i]) for row in rows if row} for i in (2, 3, 4))
+    assert list(counted) == ["baseline", "cskd", "frskd", "frskd, the paper's order"]
+    assert counted["baseline"] == ratios["baseline"] == 1 and counted["cskd"] == pytest.approx(4 / 3, abs=0.02)
+    assert 1 < counted["frskd"] < counted["frskd, the paper's order"]
+    assert 0 < memory["baseline"] < memory["cskd"] < memory["frskd"]
+    assert len(re.findall(r"(?:float32|bf16), compiled, in \d+ s", err)) == 8
     assert "Loading alone: 32 px" in out and not list(tmp_path.iterdir())
     assert "--bench goes without any other option than --compile" in refused(capsys, "--bench", "--epochs", 3)
+    assert "--arch alexnet: takes resnet18" in refused(capsys, "--bench --arch alexnet".split())
+
+
+def test_bench_has_every_method():
+    """And of FRSKD and kd every feature loss; the pretrained teacher has as many maps as the student."""
+    names = train.benched_methods(train.CLASSIFICATION, "wrn16_2", "cpu")
+    assert {name.partition("-")[0].removesuffix("+sla") for name in names if "," not in name} == {*train.METHODS}
+    assert {"kd-wrn40_2", "kd-fitnet-wrn40_2", "kd-at-wrn40_2", "kd-od-wrn40_2", "frskd-nofeat"} <= {*names}
+    assert {"frskd-fitnet", "frskd-od", "frskd+sla"} <= {*names}
+    assert {"kd", "kd-at"} <= {*train.benched_methods(train.CLASSIFICATION, "resnet18", "cpu")}
 
 
 def test_peak_memory_by_hand():
@@ -2944,8 +2952,10 @@ def test_a_last_batch_too_small_for_the_processes_joins_the_one_before():
         parts = torch.tensor([[len(index) for index in loader.batches(0)] for loader in loaders])
         assert parts.sum(0).tolist() == sizes and parts.min() >= 2
         assert (parts.max(0).values - parts.min(0).values <= 1).all()
-    with pytest.raises(data.DataError, match="--batch-size 2 leaves some of 3 processes without an image"):
-        device_loader(n=9, batch_size=2, processes=3)
+    with pytest.raises(data.DataError, match="--batch-size 5 does not give each of 3 processes two images"):
+        device_loader(n=9, batch_size=5, processes=3)
+    _, loader = device_loader(n=9, batch_size=7, rank=2, processes=3)
+    assert train.CLASSIFICATION.whole_batch(loader) == 2
 
 
 def test_processes_evaluate_each_image_once_in_the_batches_of_one():
@@ -2960,9 +2970,9 @@ def test_processes_evaluate_each_image_once_in_the_batches_of_one():
 class Plain(nn.Module):
     """A network without batch norm."""
 
-    def __init__(self):
+    def __init__(self, num_classes=7):
         super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 7)
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, num_classes)
 
     def forward(self, x):
         return self.fc(F.relu(self.conv(x)).mean((2, 3)))
@@ -2978,12 +2988,13 @@ def recorded_epoch(task, method, loader):
             steps.append(self.read())
 
     args = SimpleNamespace(**vars(ON_CPU) | dict(compile=None))
+    method.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(method.parameters(), 0.1, momentum=0.9)
-    forward = train.Forward(method, args, task.usual(loader), task.unused_parameters)
+    forward = train.Forward(method, args, task.whole_batch(loader))
     with train.StopOnSignal() as stop, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(train, "Meter", Recorded)
         task.train_epoch(args, forward, method, loader, optimizer, 0, stop)
-    return steps, torch.nn.utils.parameters_to_vector(method.parameters()).detach()
+    return steps, torch.cat([p.detach().flatten() for p in method.parameters()])
 
 
 def small_runs():
@@ -2997,6 +3008,7 @@ def small_runs():
     labels, kwargs = torch.arange(31) // 5, dict(train=True, image_size=16, **among)
     small = data.make_loader(data.Split(images[:, :16, :16], labels), batch_size=12, **kwargs)
     even = data.make_loader(data.Split(images[:18, :16, :16], labels[:18]), batch_size=6, **kwargs)
+    masks[5] = data.VOID  # an image, and so perhaps a part, without a pixel that counts
     parts = mask_loader(images, masks, batch_size=12, part=6 // train.processes(), **among)
     student = frskd.WideResNet(10, 1, 7)
     options = train.resolve(given("--method byot --arch wrn10_1 --image-size 16 --beta 0.01"))
@@ -3009,6 +3021,25 @@ def small_runs():
     )
 
 
+class Poisoned(frskd.Baseline):
+    """In the second process, not in the first, the loss becomes infinite in the second step."""
+
+    steps = 0
+
+    def forward(self, x, y):
+        terms, logits = super().forward(x, y)
+        self.steps += 1
+        return (dict(ce=terms["ce"] * math.inf), logits) if self.steps == 2 and train.rank() == 1 else (terms, logits)
+
+
+def refusal(function, *args):
+    """The message of the error that a call raises."""
+    try:
+        function(*args)
+    except (train.UserError, train.NonFinite) as error:
+        return str(error)
+
+
 def one_of_many(out):
     """What each process does that torchrun starts below; the first leaves its results in `out`."""
     with train.joined():
@@ -3016,11 +3047,18 @@ def one_of_many(out):
         torch.manual_seed(train.rank())  # processes that begin apart are made equal
         student = frskd.WideResNet(10, 1, 28)
         method = frskd.FRSKD(student, frskd.BiFPNc(student.channels, 28))
-        loader = device_loader(n=28, size=16, rank=train.rank(), processes=train.processes())[1]
+        loader = device_loader(n=28, size=16, batch_size=7, rank=train.rank(), processes=train.processes())[1]
         _, weights = recorded_epoch(train.CLASSIFICATION, method, loader)
         train.share_buffers(method)
         everyone = torch.cat([weights, *(b.double() for b in map(torch.flatten, method.buffers()))])
-        smallest, largest = train.total(everyone.clone(), MIN), train.total(everyone.clone(), MAX)
+        smallest, largest = train.all_reduced(everyone.clone(), MIN), train.all_reduced(everyone.clone(), MAX)
+        results["refused"] = [refusal(*call) for call in (
+            (train.run, train.CLASSIFICATION, ["--table", "runs"], []),
+            (train.run, train.CLASSIFICATION, ["--seed", "x"], []),
+            (train.check_processes, SimpleNamespace(device="cuda:1", sync_bn=False)),
+            (train.check_processes, SimpleNamespace(device="cuda", sync_bn=False)),
+            (recorded_epoch, train.CLASSIFICATION, Poisoned(Plain(28)), loader),
+        )]  # fmt: skip
         among = dict(rank=train.rank(), processes=train.processes())
         test = data.make_loader(
             data.load("shapes", image_size=16).test, train=False, batch_size=90, image_size=16, **among
@@ -3074,14 +3112,28 @@ def test_processes_keep_equal_weights_and_evaluate_as_one(of_many, n):
     assert train.evaluate(student, loader, torch.autocast("cpu", enabled=False)) == of_many[n]["accuracy"]
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_refuse_together(of_many, n):
+    """In all of them, the same: what is for one process, wrong options, devices, a loss that is infinite in one."""
+    expected = [
+        "--table is for one process: python train.py, without torchrun",
+        "argument --seed: 'x' is not a whole number of at least 0",
+        "--device cuda:1: torchrun's processes take cpu, or cuda, one GPU each",
+        f"--nproc-per-node={n}: one GPU each is needed, there are {torch.cuda.device_count()}; or --device cpu",
+        "the term ce is not finite in epoch 1, step 2",
+    ]
+    assert of_many[n]["refused"] == expected
+
+
 def test_sync_bn_is_named_and_needs_gpus(capsys):
     assert train.run_name(train.resolve(given("--sync-bn"))) == "frskd-syncbn"
     assert "--sync-bn needs CUDA GPUs" in refused(capsys, "--sync-bn --device cpu".split())
     assert "--sync-bn needs CUDA GPUs" in refused(capsys, "--sync-bn --device cpu".split(), script=seg)
 
 
-def test_workers_leave_signals_to_the_main_process():
+def test_workers_leave_signals_to_the_main_process(monkeypatch):
     """torchrun sends SIGTERM to all of a process group, a terminal SIGINT: a worker goes on."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     images = torch.zeros(40, 72, 72, 3, dtype=torch.uint8)
     loader = data.make_loader(data.Split(images, torch.arange(40)), train=True, batch_size=2, image_size=72, workers=1)
     batches = loader.epoch(0)
@@ -3092,28 +3144,35 @@ def test_workers_leave_signals_to_the_main_process():
     assert len(list(batches)) == 19 and worker.is_alive()
 
 
-def test_torchrun_trains_shapes_survives_a_kill_and_leaves_one_run(tmp_path):
-    """--max-restarts and --resume: one of two processes is killed, both start again at the last checkpoint."""
+def test_torchrun_trains_shapes_through_a_kill_and_a_signal(tmp_path):
+    """--max-restarts and --resume: one of two processes is killed, both start again at the last checkpoint; SIGTERM
+    stops both with one line, and one process goes on."""
     folder = tmp_path / "run"
-    options = [*TINY, "--per-class", 20, "--epochs", 8, "--compile", "eager", "--output", folder, "--resume"]
-    process = torchrun(2, "--max-restarts", 1, HERE / "train.py", *options, start_new_session=True)
+    options = [*TINY, "--per-class", 20, "--epochs", 25, "--output", folder, "--resume"]
+    process = torchrun(2, "--max-restarts", 1, HERE / "train.py", *options)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (folder / "last.pt").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+
+    def wait_for(epochs):
+        while not (folder / "log.jsonl").exists() or len(log_of(folder)) < epochs:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+
+    wait_for(1)
+    before = children.read_text().split()
+    os.kill(int(before[-1]), signal.SIGKILL)
+    wait_for(len(log_of(folder)) + 2)
+    assert not {*before} & {*children.read_text().split()}
+    process.terminate()
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
     assert "another process is gone; continue with: torchrun --nproc-per-node=2 train.py --resume" in err
-    assert [entry["epoch"] for entry in log_of(folder)] == list(range(1, 9))
-    assert out.count("epoch 8/8") == 1 and out.count("seed 0: top-1") == 1
+    stopped = f"train.py: stopped; continue with: torchrun --nproc-per-node=2 train.py --resume {folder}"
+    assert process.returncode == 1 and err.count(stopped) == 1
+    done = len(log_of(folder))
+    assert [entry["epoch"] for entry in log_of(folder)] == list(range(1, done + 1)) and done < 25
+    assert out.count(f"epoch {done}/25") == 1
     args = json.loads((folder / "args.json").read_text())
     assert args["processes"] == 2 and args["command"].startswith("torchrun --nproc-per-node=2 train.py --arch wrn10_1")
-    metrics = {key: log_of(folder)[-1][key] for key in ("top1", "top5")}
-    student = frskd.WideResNet(10, 1, 8)
-    student.load_state_dict(torch.load(folder / "student.pt", weights_only=True))
-    loader = data.make_loader(data.load("shapes", image_size=16).test, train=False, batch_size=16, image_size=16)
-    assert train.evaluate(student, loader, torch.autocast("cpu", enabled=False)) == metrics
+    assert main("--resume", folder) == 0 and len(log_of(folder)) == 25
 
 
 def test_a_broken_image_of_one_process_stops_all_with_one_line(tmp_path):
@@ -3484,7 +3543,10 @@ def test_a_batch_passes_in_parts_and_none_has_a_single_image():
         torch.arange(41).byte().view(-1, 1, 1).repeat(1, 64, 64),
     )
     loader = mask_loader(images, masks % 3, batch_size=20, part=10)
-    assert [[len(x) for x, _ in parts] for parts in loader.groups(0)] == [[10, 10], [10, 11]]
+    assert [[len(x) for x, _ in parts] for parts in loader.groups(0)] == [[10, 10], [11, 10]]
+    for rank, last in ((0, [6, 5]), (1, [5, 5])):  # as many parts of 11 images as of 10
+        loader_of = mask_loader(images, masks % 3, batch_size=20, part=5, rank=rank, processes=2)
+        assert [[len(x) for x, _ in parts] for parts in loader_of.groups(0)] == [[5, 5], last]
     order = [i for batch in loader.batches(0) for i in batch.tolist()]
     assert sorted(order) == list(range(41)) and loader.batches(1)[0].tolist() != order[:20]
     x, y = next(loader.groups(0))[0]

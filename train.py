@@ -33,6 +33,8 @@ import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,7 +292,7 @@ METHODS = {  # name -> (student, number of classes, args) -> method, see frskd.F
     "ddgsd": lambda student, num_classes, args: baselines.DDGSD(student, **weights(args)),
     "byot": lambda student, num_classes, args: baselines.BYOT(
         student, num_classes, image_size=args.image_size, **weights(args) | dict(beta=args.beta * processes())
-    ),  # its feature term is a sum over a process's images, equal parts of the batch but for the last; others are means
+    ),  # its feature term is a sum over a process's images: exact where all have as many
     "sad": lambda student, num_classes, args: baselines.SAD(student, **weights(args)),
     "cskd": lambda student, num_classes, args: baselines.CSKD(student, **weights(args)),
     "slasd": lambda student, num_classes, args: baselines.SLASD(student, num_classes, **weights(args)),
@@ -360,9 +362,12 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local(name):
-    """LOCAL_RANK or LOCAL_WORLD_SIZE, of the processes on this machine: torchrun's environment."""
-    return int(os.environ[name]) if processes() > 1 else dict(LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)[name]
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_processes():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextmanager
@@ -371,17 +376,27 @@ def joined():
     if not dist.is_torchelastic_launched():
         yield
         return
-    gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if number < gpus:
-        torch.cuda.set_device(number)
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    gpus = torch.cuda.device_count()
+    if local_rank() < gpus:
+        torch.cuda.set_device(local_rank())
     store, number, count = next(rendezvous("env://"))
-    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it may hold the addresses of before
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    # After a restart, the store may still hold the addresses of the processes before.
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend, patience = "cpu:gloo,cuda:nccl" if gpus else "gloo", timedelta(hours=12)  # one may fetch a data set
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
     try:
         yield
+    except RuntimeError as error:
+        if not is_of_processes(error):
+            raise
+        raise UserError(f"another process is gone ({data.one_line(error)[:200]})") from None
     finally:
         dist.destroy_process_group()
+
+
+def is_of_processes(error):
+    """Whether it comes from the connection with the other processes, mostly since one has ended."""
+    return processes() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def agree(error):
@@ -393,7 +408,7 @@ def agree(error):
             errors = [None] * processes()
             dist.all_gather_object(errors, error)
             error = next(e for e in errors if e is not None)
-            error.told = rank() > 0  # by the first process
+            error.told = rank() > 0  # the first process prints it, see complain
     if error is not None:
         raise error
 
@@ -409,8 +424,8 @@ def agreed():
     agree(error)
 
 
-def total(tensor, operation=dist.ReduceOp.SUM):
-    """The sum over all processes, in place, or the minimum, maximum ..."""
+def all_reduced(tensor, operation=dist.ReduceOp.SUM):
+    """The sum over all processes, in place, or their minimum, maximum ..."""
     if processes() > 1:
         dist.all_reduce(tensor, operation)
     return tensor
@@ -426,18 +441,18 @@ def share_buffers(method):
 class Forward:
     """The method on a batch: (x, y, ...) -> terms, logits; compiled with --compile, gradients averaged over processes.
 
-    usual: the number of labels of a whole batch. Another goes uncompiled, so that nothing is compiled a second time.
+    whole_batch: its number of labels. A batch of another size runs uncompiled: nothing is compiled a second time.
     """
 
-    def __init__(self, method, args, usual, unused_parameters=False):
-        self.eager, self.usual = method, usual
+    def __init__(self, method, args, whole_batch):
+        self.eager, self.whole_batch = method, whole_batch
         if processes() > 1:
             devices = [torch.cuda.current_device()] if "cuda" in args.device else None
-            self.eager = DistributedDataParallel(method, devices, find_unused_parameters=unused_parameters)
+            self.eager = DistributedDataParallel(method, devices)
         self.compiled = torch.compile(self.eager, backend=args.compile) if args.compile else self.eager
 
     def __call__(self, x, y, *more):
-        return (self.compiled if len(y) == self.usual else self.eager)(x, y, *more)
+        return (self.compiled if len(y) == self.whole_batch else self.eager)(x, y, *more)
 
     def accumulating(self, more):
         """A context for a part of a batch: while there is `more`, gradients are added up without averaging them."""
@@ -467,8 +482,7 @@ class Task:
     build_student: Callable  # (args, num_classes) -> student
     methods: dict  # name -> (student, num_classes, args) -> method
     pretrain: Callable  # (args, method): loads the weights that a fresh run starts from
-    usual: Callable  # training loader -> labels of a whole batch, see Forward
-    unused_parameters: bool  # whether some parameters get no gradient, which DistributedDataParallel must know
+    whole_batch: Callable  # training loader -> the number of labels of a whole batch, see Forward
     train_epoch: Callable  # (args, forward, method, loader, optimizer, epoch, stop) -> means of the terms, the clock
     evaluate: Callable  # (student, loader, autocast, stop=None) -> metrics; the first is nan if a logit is no number
     draw: Callable  # (method, loader, data, path)
@@ -484,10 +498,10 @@ def train_epoch(args, forward, method, loader, optimizer, epoch, stop):
     method.train()
     meter, autocast, sizes = Meter(method, epoch), precision(args), loader.sizes
     for x, y in watched(loader.epoch(epoch), len(loader), meter, args, stop):
+        optimizer.zero_grad()
         with autocast:
             terms, logits = forward(x, y)
         share = len(y) * processes() / sizes[meter.step]  # the processes' gradients are averaged; 1 for a single one
-        optimizer.zero_grad()
         (share * sum(terms.values())).backward()
         optimizer.step()
         meter.update(terms | dict(train_top1=accuracy(logits, y)), len(y))
@@ -516,6 +530,7 @@ def stopped_by(stop, batches, steps, meter=None):
     Where a process has fewer batches than steps, it waits for the others. The meter adds up the time spent waiting.
     """
     batches, error = iter(batches), None
+    stop = stop or StopOnSignal()  # not entered: no signal reaches it
     for _ in range(steps):
         asked = time.perf_counter()
         try:
@@ -536,37 +551,39 @@ def epoch_title(epoch, args):
 def train(task, args, loaders, folder, checkpoint, stop):
     """Train to args.epochs, from the checkpoint where there is one; -> the log, a list of dicts, one an epoch."""
     loaded, train_loader, test_loader = loaders
-    method = build_method(task, args, len(loaded.classes))
+    with agreed():
+        method = build_method(task, args, len(loaded.classes))
     if args.sync_bn:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     train_loader.pairs = getattr(method, "pairs", None)  # what the method wants beside each image
+    fused = True if "cuda" in args.device else None  # one kernel
     optimizer = torch.optim.SGD(  # weight decay on everything, as the authors' code
         method.parameters(),
         args.lr,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        fused=True if "cuda" in args.device else None,
+        fused=fused,
     )
     log = []
     with agreed():
         if checkpoint:
             load_state(method, checkpoint["method"], unfit_checkpoint(args))
             load_state(optimizer, checkpoint["optimizer"], unfit_checkpoint(args))
+            optimizer.param_groups[0]["fused"] = fused  # the checkpoint may be of another device
             log = checkpoint["log"]
-        else:
+        elif rank() == 0:  # whose weights DistributedDataParallel hands to all
             task.pretrain(args, method)
-            if rank() == 0:
-                remove_run(folder)
+            remove_run(folder)
         if rank() == 0:
             write_run(folder, args, loaded, log)
 
     autocast = precision(args)
-    forward = Forward(method, args, task.usual(train_loader), task.unused_parameters)
+    forward = Forward(method, args, task.whole_batch(train_loader))
     metric, metric_name = task.metric, task.metrics[task.metric]
     pictures = getattr(args, task.picture)
     for epoch in range(len(log), args.epochs):
-        key = [rank()] if rank() > 0 else []  # each process its own
-        torch.manual_seed(data.seed_of(args.seed, epoch, *key))  # for dropout: a resumed run draws the same
+        key = (args.seed, epoch, "dropout", rank()) if rank() > 0 else (args.seed, epoch)  # each process its own
+        torch.manual_seed(data.seed_of(*key))  # a resumed run draws the same
         lr = optimizer.param_groups[0]["lr"] = args.lr / 10 ** sum(epoch >= m for m in args.milestones)
         if hasattr(method, "set_epoch"):
             method.set_epoch(epoch, args.epochs)
@@ -621,8 +638,8 @@ class Meter:
 
     def read(self):
         """-> mean of each term over the images so far, of all processes. Raises NonFinite, in all of them."""
-        first_bad = total(self.first_bad.clone(), dist.ReduceOp.MIN).tolist()
-        *sums, self.images_of_all = total(torch.cat([self.sums, self.sums.new_tensor([self.images])])).tolist()
+        first_bad = all_reduced(self.first_bad.clone(), dist.ReduceOp.MIN).tolist()
+        *sums, self.images_of_all = all_reduced(torch.cat([self.sums, self.sums.new_tensor([self.images])])).tolist()
         bad = [(step, i) for i, step in enumerate(first_bad) if step < NEVER]
         if bad:
             step, i = min(bad)  # the earliest; in one step, terms before gradients
@@ -632,7 +649,7 @@ class Meter:
         return {name: value / self.images_of_all for name, value in zip(self.terms, sums)}
 
     def clock(self):
-        """Of the epoch so far; images as of the last read(), the others of this process."""
+        """images_per_s counts all processes' images up to the last read(); seconds and data_wait are this process's."""
         seconds = time.perf_counter() - self.began
         return dict(images_per_s=self.images_of_all / seconds, seconds=seconds, data_wait=self.data_wait)
 
@@ -642,12 +659,12 @@ def evaluate(student, loader, autocast, stop=None):
     """-> top-1 and top-5 accuracy in percent, of the student alone, in evaluation mode; nan if a logit is no number."""
     student.eval()
     counts = torch.zeros(3, dtype=torch.long, device=loader.device)
-    for x, y in stopped_by(stop or StopOnSignal(), loader.epoch(), len(loader)):
+    for x, y in stopped_by(stop, loader.epoch(), len(loader)):
         with autocast:
             logits = student(x)
         hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), (~logits.isfinite()).sum()])
-    top1, top5, not_finite = total(counts).tolist()
+    top1, top5, not_finite = all_reduced(counts).tolist()
     if not_finite:
         return dict(top1=math.nan, top5=math.nan)
     return dict(top1=100 * top1 / len(loader.split), top5=100 * top5 / len(loader.split))
@@ -686,9 +703,11 @@ class StopOnSignal:
         agree(error)
 
 
-def use_fast_kernels(args):
-    """On CUDA, TF32 in float32's place inside products, and cuDNN's fastest convolutions for the sizes at hand."""
+def prepare_cuda(args):
+    """TF32 in float32's place inside products, cuDNN's fastest convolutions for these sizes, and the GPU named."""
     if "cuda" in args.device:
+        if torch.device(args.device).index is not None:
+            torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -702,7 +721,7 @@ def keep_freed_memory():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, in bytes
+        mallopt(-3, 1 << 30) or mallopt(-4, 0)  # M_MMAP_THRESHOLD, in bytes; where that is too much, M_MMAP_MAX
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
@@ -784,8 +803,7 @@ def write_run(folder, args, loaded, log):
 
 def launcher(script):
     """What starts it again as it was started: python train.py, or torchrun --nproc-per-node=2 train.py."""
-    count = local("LOCAL_WORLD_SIZE")
-    return f"torchrun --nproc-per-node={count} {script}" if processes() > 1 else f"python {script}"
+    return f"torchrun --nproc-per-node={local_processes()} {script}" if processes() > 1 else f"python {script}"
 
 
 def write_log(folder, log):
@@ -965,7 +983,7 @@ BENCH_COLUMNS = {  # name -> what training_step takes
     "float32, default layout": dict(memory_format=torch.contiguous_format),
     "bf16": dict(amp=True),
 }
-BENCH_OPTIONS = ("compile", "arch", "batch_size", "device")
+BENCH_OPTIONS = ("compile", "arch", "batch_size", "device", "workers")
 
 
 def print_table(task, given):
@@ -1014,23 +1032,21 @@ def print_bench(task, given):
     """Time of a training step of each method at 32 px, 100 classes, by memory layout and precision; what it computes
     and holds; loading alone. On a CPU in batches of 32 unless told, so that two cores are done in two minutes."""
     args = with_defaults(CIFAR | BENCH, dict(attention=None), {k: v for k, v in given.items() if k in BENCH_OPTIONS})
+    if not own_network(args.arch):
+        raise UserError(f"--bench --arch {args.arch}: takes resnet18, resnet34 or wrn<depth>_<width>")
     check_values(task, args)
-    use_fast_kernels(args)
+    prepare_cuda(args)
     cuda, columns = "cuda" in args.device, dict(BENCH_COLUMNS)
     batch_size = given.get("batch_size", 128 if cuda else 32)
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # the variants of a class share a forward
         columns |= {f"{name}, compiled": columns[name] | dict(backend=args.compile) for name in ("float32", "bf16")}
 
     flops, steps = {}, {}
-    for options in BENCHED:
-        own = {k: v for k, v in vars(task.parser().parse_args(options.split())).items() if v is not None}
-        if own.get("method") == "kd":
-            own["teacher_arch"] = "wrn40_2" if args.arch.startswith("wrn") else "resnet34"
-        values = task.resolve(BENCH | own | dict(arch=args.arch, device=args.device))
-        name = task.run_name(values)
-        flops[name] = step_flops(build_method(task, values, 100))
+    for name, build in benched_methods(task, args.arch, args.device).items():
+        flops[name] = step_flops(build())
         for column, kwargs in columns.items():
-            steps[name, column] = frskd.training_step(build_method(task, values, 100), batch_size, **kwargs)
+            steps[name, column] = frskd.training_step(build(), batch_size, **kwargs)
             if "backend" in kwargs:
                 began = time.perf_counter()
                 steps[name, column]()
@@ -1039,31 +1055,53 @@ def print_bench(task, given):
 
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     about = (
-        f"A training step, {args.arch}, batch {batch_size} at 32 px, {where}: median of 5 interleaved, images/s, in "
-        "brackets the time over the baseline's of the same column. Operations of convolutions and linear layers (a "
-        "multiply-add is two): the rate in the first column, and over the baseline's. Memory: a step's peak, float32."
+        f"A training step, {args.arch}, batch {batch_size} at 32 px, {where}: median of 5 interleaved; images/s; "
+        "in brackets the time over that of the column's baseline; operations a second, of convolutions and linear "
+        "layers, a multiply-add being two; the most memory that the step holds. Counted: its operations over the "
+        "baseline's."
     )
     print(textwrap.fill(about, 120) + "\n")
-    rows = {name: [] for name in flops}
-    for name, row in rows.items():
-        for column in columns:
-            t = seconds[name, column]
-            row.append(f"{1e3 * t:.0f} ms, {batch_size / t:.0f}/s ({t / seconds['baseline', column]:.2f})")
-        rate = batch_size * flops[name] / seconds[name, "float32"]
-        row.append(f"{rate / 1e9:.0f} G/s ({flops[name] / flops['baseline']:.2f})")
-        row.append(f"{peak_memory(steps[name, 'float32'], cuda) / 1e6:.0f} MB")
-    print_rows("method", [*columns, "operations", "memory"], rows)
-    small, large = loading_rates(args, batch_size)
-    fastest = batch_size / min(seconds["baseline", column] for column in columns)  # images a second
+    rows = {}
+    for name in flops:
+        rows[name] = [f"{flops[name] / flops['baseline']:.2f}"]
+        for column, kwargs in columns.items():
+            t, ratio = seconds[name, column], seconds[name, column] / seconds["baseline", column]
+            rate = f"{batch_size * flops[name] / t / 1e9:.0f} G/s"
+            memory = ""
+            if cuda or "backend" not in kwargs:  # compiled code of a CPU hides its tensors
+                memory = f", {peak_memory(steps[name, column], cuda) / 1e6:.0f} MB"
+            rows[name].append(f"{1e3 * t:.0f} ms, {batch_size / t:.0f}/s ({ratio:.2f}), {rate}{memory}")
+    print_rows("method", ["counted", *columns], rows)
+    small, large = loading_rates(args)
+    consumed = batch_size / min(seconds["baseline", column] for column in columns)  # images a second
     about = (
-        f"Loading alone: 32 px, from the device's memory, {small:.0f} images/s, {small / fastest:.0f} times what the "
+        f"Loading alone: 32 px, from the device's memory, {small:.0f} images/s, {small / consumed:.0f} times what the "
         f"fastest baseline step takes; JPEGs of 500 px to 224 px, {args.workers} workers, {large:.0f} images/s."
     )
     print("\n" + textwrap.fill(about, 120))
 
 
+def benched_methods(task, arch, device):
+    """{name: function that builds it}, each method, and FRSKD in the paper's order of convolution and upsampling."""
+    methods = {}
+    for options in BENCHED:
+        given = {k: v for k, v in vars(task.parser().parse_args(options.split())).items() if v is not None}
+        if given.get("method") == "kd":
+            given["teacher_arch"] = "wrn40_2" if arch.startswith("wrn") else "resnet34"
+        values = task.resolve(BENCH | given | dict(arch=arch, device=device))
+        methods[task.run_name(values)] = partial(build_method, task, values, 100)
+
+    def in_the_papers_order():
+        method = methods["frskd"]()
+        for up in method.teacher.up:
+            up.conv_first = False
+        return method
+
+    return methods | {"frskd, the paper's order": in_the_papers_order}
+
+
 def step_flops(method, batch_size=2):
-    """Operations of convolutions and linear layers in a training step, an image of 32 px, as executed, both ways."""
+    """Operations of convolutions and linear layers of a training step, forward and backward, a 32-px image."""
 
     def backward(grad_shape, x_shape, w_shape, *args, out_shape, **kwargs):
         transposed, output_mask = args[4], args[7]  # torch's own count of a grouped convolution's is too large
@@ -1076,7 +1114,10 @@ def step_flops(method, batch_size=2):
 
 
 class Allocations(TorchDispatchMode):
-    """While it is entered, .peak is the largest number of bytes that new tensors held at once."""
+    """While it is entered, .peak is the largest number of bytes that new tensors held at once.
+
+    What an operation holds for itself, such as a convolution's workspace, is not seen.
+    """
 
     def __init__(self):
         super().__init__()
@@ -1085,10 +1126,11 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         old = {t.untyped_storage() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
-        for storage in {t.untyped_storage() for t in tree_leaves(result) if torch.is_tensor(t)} - old - {*self.alive}:
-            self.alive.add(storage)
-            self.held += storage.nbytes()
-            weakref.finalize(storage, self.freed, storage.nbytes())
+        for storage in {t.untyped_storage() for t in tree_leaves(result) if torch.is_tensor(t)}:
+            if storage not in old and storage not in self.alive:
+                self.alive.add(storage)
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
         self.peak = max(self.peak, self.held)
         return result
 
@@ -1108,7 +1150,7 @@ def peak_memory(step, cuda):
     return allocations.peak
 
 
-def loading_rates(args, batch_size):
+def loading_rates(args):
     """Training images a second of the two loaders, no step between them: at 32 px, and of 500-px JPEGs at 224 px."""
     images, labels, _ = data.draw_shapes(2, 500, seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -1118,10 +1160,10 @@ def loading_rates(args, batch_size):
         rates = []
         for split, size in (
             (data.Split(torch.zeros(10_000, 32, 32, 3, dtype=torch.uint8), torch.arange(10_000) % 100), 32),
-            (data.Split(16 * paths, labels.repeat(16)), 224),
+            (data.Split(32 * paths, labels.repeat(32)), 224),
         ):
             loader = data.make_loader(
-                split, train=True, batch_size=batch_size, image_size=size, workers=args.workers, device=args.device
+                split, train=True, batch_size=128, image_size=size, workers=args.workers, device=args.device
             )
             for epoch in range(2):  # the first starts the workers
                 began = time.perf_counter()
@@ -1300,7 +1342,7 @@ def parser():
     g = add_run_options(p, "attention")
     g.add_argument("--bench", action="store_true", default=None, help="time a training step of every method, by memory "
                    "layout and precision, with --compile compiled too; takes --arch, --batch-size (default 128, on a "
-                   "CPU 32) and --device")
+                   "CPU 32), --device and --workers")
     return p
 
 
@@ -1436,7 +1478,7 @@ def check_processes(args):
         return
     if number or kind == "mps":
         raise UserError(f"--device {args.device}: torchrun's processes take cpu, or cuda, one GPU each")
-    count, gpus = local("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
+    count, gpus = local_processes(), torch.cuda.device_count()
     if kind == "cuda" and count > gpus:
         raise UserError(f"--nproc-per-node={count}: one GPU each is needed, there are {gpus}; or --device cpu")
 
@@ -1469,10 +1511,10 @@ def run_training(task, given, argv):
     with agreed():
         args, checkpoint = values_of_run(task, given, argv)
     folder = Path(args.output)
-    use_fast_kernels(args)
+    prepare_cuda(args)
     for first in (True, False):  # one process of a machine fetches and unpacks, the others find what it left
         with agreed():
-            if first == (local("LOCAL_RANK") == 0):
+            if first == (local_rank() == 0):
                 loaders = task.build_loaders(args)
     try:
         with StopOnSignal() as stop:
@@ -1486,7 +1528,7 @@ def run_training(task, given, argv):
         complain(f"{task.script}: error: {error}{kept}", error)
         return 1
     except RuntimeError as error:
-        if processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not is_of_processes(error):
             raise
         print(f"{task.script}: error: another process is gone; {how_to_go_on(task, args)}", file=sys.stderr)
         return 1
@@ -1629,8 +1671,7 @@ CLASSIFICATION = Task(
     build_student=build_student,
     methods=METHODS,
     pretrain=load_teacher,
-    usual=lambda loader: len(loader.part_of(torch.arange(loader.batch_size))),
-    unused_parameters=False,
+    whole_batch=lambda loader: len(loader.part_of(torch.arange(loader.batch_size))),
     train_epoch=train_epoch,
     evaluate=evaluate,
     draw=draw_attention,
