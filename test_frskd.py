@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import baselines
@@ -93,6 +94,21 @@ def gradients(module, loss):
 
 
 # -------------------------------------------------------------------------- Sec. 3.1: the self-teacher network
+
+
+def test_a_weighted_sum_of_bf16_maps_has_bf16_weights():
+    """A float32 operand would make the sum float32 under CUDA's autocast, twice the memory."""
+    dtypes = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.addcmul.default:
+                dtypes.update(operand.dtype for operand in args)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        frskd.fused_sum(torch.ones(2), list(torch.randn(2, 1, 4, 3, 3).bfloat16()))
+    assert dtypes == {torch.bfloat16}
 
 
 def test_self_teacher_costs_what_table_6_says():

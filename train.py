@@ -1051,11 +1051,11 @@ def print_bench(task, given):
                 began = time.perf_counter()
                 steps[name, column]()
                 print(f"{name}, {column}, in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    seconds = frskd.step_times(steps, rounds=5, repeat=20 if cuda else 1)
+    seconds = frskd.step_times(steps, rounds=4, repeat=20 if cuda else 1)
 
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     about = (
-        f"A training step, {args.arch}, batch {batch_size} at 32 px, {where}: median of 5 interleaved; images/s; "
+        f"A training step, {args.arch}, batch {batch_size} at 32 px, {where}: median of 4 interleaved; images/s; "
         "in brackets the time over that of the column's baseline; operations a second, of convolutions and linear "
         "layers, a multiply-add being two; the most memory that the step holds. Counted: its operations over the "
         "baseline's."
@@ -1160,7 +1160,7 @@ def loading_rates(args):
         rates = []
         for split, size in (
             (data.Split(torch.zeros(10_000, 32, 32, 3, dtype=torch.uint8), torch.arange(10_000) % 100), 32),
-            (data.Split(32 * paths, labels.repeat(32)), 224),
+            (data.Split(16 * paths, labels.repeat(16)), 224),
         ):
             loader = data.make_loader(
                 split, train=True, batch_size=128, image_size=size, workers=args.workers, device=args.device
