@@ -2559,6 +2559,7 @@ def test_bench_prints_time_operations_and_memory_of_each_method(monkeypatch, cap
     assert "Loading alone: 32 px" in out and not list(tmp_path.iterdir())
     assert "--bench goes without any other option than --compile" in refused(capsys, "--bench", "--epochs", 3)
     assert "--arch alexnet: takes resnet18" in refused(capsys, "--bench --arch alexnet".split())
+    assert "--batch-size 1: batch norm" in refused(capsys, "--bench --batch-size 1".split())
 
 
 def test_bench_has_every_method():

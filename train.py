@@ -1038,6 +1038,8 @@ def print_bench(task, given):
     prepare_cuda(args)
     cuda, columns = "cuda" in args.device, dict(BENCH_COLUMNS)
     batch_size = given.get("batch_size", 128 if cuda else 32)
+    if batch_size < 2:
+        raise UserError("--bench --batch-size 1: batch norm cannot normalise one value a channel")
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # the variants of a class share a forward
         columns |= {f"{name}, compiled": columns[name] | dict(backend=args.compile) for name in ("float32", "bf16")}
