@@ -2572,10 +2572,12 @@ def test_bench_has_every_method():
 
 
 def test_peak_memory_by_hand():
-    """Of four tensors of 400 bytes: two, a third beside them, which is freed before the fourth; a view adds nothing."""
+    """Of four tensors of 400 bytes: two, a third beside them, which is freed before the fourth; views and what
+    was there before add nothing."""
     x = torch.zeros(100)
 
     def step():
+        x.add_(1)
         a, b = x + 1, x + 2
         b.add_(a.view(10, 10).flatten())
         c = a + b
