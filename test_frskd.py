@@ -2548,13 +2548,13 @@ def test_bench_prints_time_operations_and_memory_of_each_method(monkeypatch, cap
     lines = out.splitlines()
     assert f"| method | counted | {names} |" in lines
     step = r" \d+ ms, \d+/s \((\d+\.\d\d)\), \d+ G/s"
-    columns = rf"{step}, (\d+) MB \|{step}, \d+ MB \|{step}, \d+ MB \|{step} \|{step} \|"
+    columns = rf"{step}, (\d+) MB \|{step}, \d+ MB \|{step}, (\d+) MB \|{step} \|{step} \|"
     rows = [re.fullmatch(rf"\| (.*) \| (\d+\.\d\d) \|{columns}", line) for line in lines]
-    counted, ratios, memory = ({row[1]: float(row[i]) for row in rows if row} for i in (2, 3, 4))
+    counted, ratios, memory, memory_bf16 = ({row[1]: float(row[i]) for row in rows if row} for i in (2, 3, 4, 7))
     assert list(counted) == ["baseline", "cskd", "frskd", "frskd, the paper's order"]
     assert counted["baseline"] == ratios["baseline"] == 1 and counted["cskd"] == pytest.approx(4 / 3, abs=0.02)
     assert 1 < counted["frskd"] < counted["frskd, the paper's order"]
-    assert 0 < memory["baseline"] < memory["cskd"] < memory["frskd"]
+    assert 0 < memory["baseline"] < memory["cskd"] < memory["frskd"] and memory_bf16["frskd"] < memory["frskd"]
     assert len(re.findall(r"(?:float32|bf16), compiled, in \d+ s", err)) == 8
     assert "Loading alone: 32 px" in out and not list(tmp_path.iterdir())
     assert "--bench goes without any other option than --compile" in refused(capsys, "--bench", "--epochs", 3)
