@@ -3102,8 +3102,7 @@ def torchrun(processes, *argv, **kwargs):
 def of_many(tmp_path_factory):
     """{2: ..., 3: ...}: what `one_of_many` leaves, of two processes and of three."""
     folder = tmp_path_factory.mktemp("many")
-    for n in (2, 3):
-        process = torchrun(n, HERE / "test_frskd.py", folder / f"{n}.pt")
+    for process in [torchrun(n, HERE / "test_frskd.py", folder / f"{n}.pt") for n in (2, 3)]:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     return {n: torch.load(folder / f"{n}.pt", weights_only=True) for n in (2, 3)}
@@ -3197,7 +3196,7 @@ def test_torchrun_trains_shapes_through_a_kill_and_a_signal(tmp_path):
 def test_a_broken_image_of_one_process_stops_all_with_one_line(tmp_path):
     """seg.py in two processes, then an image that cannot be read; one process goes on where they stopped."""
     where, folder = voc_tree(tmp_path / "voc"), tmp_path / "run"
-    options = [*TINY_SEG, "--data-dir", where, "--batch-size", 8, "--epochs", 12, "--output", folder]
+    options = [*TINY_SEG, "--data-dir", where, "--batch-size", 8, "--epochs", 8, "--output", folder]
     process = torchrun(2, HERE / "seg.py", *options)
     while not (folder / "last.pt").exists():
         assert process.poll() is None, process.communicate()
@@ -3210,7 +3209,7 @@ def test_a_broken_image_of_one_process_stops_all_with_one_line(tmp_path):
     image.write_bytes(whole)
     done = len(log_of(folder))
     assert json.loads((folder / "args.json").read_text())["processes"] == 2
-    assert 0 < done < 12 and seg_main("--resume", folder) == 0 and len(log_of(folder)) == 12
+    assert 0 < done < 8 and seg_main("--resume", folder) == 0 and len(log_of(folder)) == 8
 
 
 # --------------------------------------------------------------------------------- seg.py: networks and losses
