@@ -7,11 +7,13 @@ import ast
 import functools
 import hashlib
 import http.server
+import importlib
 import inspect
 import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import resource
 import shlex
@@ -1084,22 +1086,18 @@ def test_adapter_refuses_blocks_that_give_no_maps(blocks, message):
         frskd.Adapter(torchvision.models.resnet18(), blocks, image_size=64)
 
 
-def test_frskd_py_can_be_copied_alone(tmp_path):
+def test_frskd_py_can_be_copied_alone(tmp_path, monkeypatch):
     """It imports torch and torchvision only, and one step runs on another code base's network."""
-    (tmp_path / "frskd.py").write_text((HERE / "frskd.py").read_text())
-    code = """
-import sys, torch, torch.nn as nn
-sys.modules["fvcore"] = None
-import frskd
-net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
-student = frskd.Adapter(net, ["0", "1"], image_size=20)
-method = frskd.FRSKD(student, frskd.BiFPNc(student.channels, 5))
-terms, logits = method(torch.randn(2, 3, 20, 20), torch.tensor([0, 1]))
-sum(terms.values()).backward()
-print(*terms, *logits.shape)
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.split() == ["ce", "ce_t", "kd", "feat", "2", "5"], run.stderr
+    (tmp_path / "copied.py").write_text((HERE / "frskd.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "fvcore", None)
+    copied = importlib.import_module("copied")
+    net = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)]
+    student = copied.Adapter(nn.Sequential(*net), ["0", "1"], image_size=20)
+    method = copied.FRSKD(student, copied.BiFPNc(student.channels, 5))
+    terms, logits = method(*batch(2, size=20))
+    sum(terms.values()).backward()
+    assert list(terms) == ["ce", "ce_t", "kd", "feat"] and logits.shape == (2, 5)
     tree = ast.parse((HERE / "frskd.py").read_text())
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
@@ -2900,24 +2898,30 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
     assert not (tmp_path / "it ran").exists()
 
 
+def started(script, *argv):
+    """train.py or seg.py in a process of its own, the first of a group."""
+    command = [sys.executable, HERE / f"{script.__name__}.py", *map(str, argv)]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes, start_new_session=True)
+
+
 def test_ctrl_c_in_a_terminal_exits_with_130(tmp_path):
     """A real process that waits for its worker, its whole group signalled: no traceback, and how to resume."""
     where = class_folders(tmp_path / "images", size=700)
-    command = [
-        sys.executable,
-        HERE / "train.py",
+    options = [
         "--dataset",
         "folder",
         "--data-dir",
         where,
         *MOBILENET,
         "--epochs",
-        "99",
+        99,
+        "--workers",
+        1,
+        "--device",
+        "cpu",
     ]
-    command += ["--workers", "1", "--device", "cpu", "--output", tmp_path / "run"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-    )
+    process = started(train, *options, "--output", tmp_path / "run")
     while not (tmp_path / "run/last.pt").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -3193,6 +3197,7 @@ def test_torchrun_trains_shapes_through_a_kill_and_a_signal(tmp_path):
     assert main("--resume", folder) == 0 and len(log_of(folder)) == 25
 
 
+@pytest.mark.slow
 def test_a_broken_image_of_one_process_stops_all_with_one_line(tmp_path):
     """seg.py in two processes, then an image that cannot be read; one process goes on where they stopped."""
     where, folder = voc_tree(tmp_path / "voc"), tmp_path / "run"
@@ -4049,6 +4054,70 @@ def test_download_of_voc_fetches_what_is_missing(tmp_path, served, monkeypatch):
     (devkit / "JPEGImages/000175.jpg").unlink()
     shutil.rmtree(where)
     assert len(data.load_masks("voc", data_dir=tmp_path, download=True).test) == 3  # unpacked again, not fetched
+
+
+# ------------------------------------------------------------------------------------- killed at any moment
+
+
+def killed(script, folder, argv):
+    """Starts a run or continues it, and kills it at a random moment; -> whether it was still running.
+
+    Of four moments, one is anywhere from the start on, two lie in the first epochs that it trains, and one is while a
+    file is being written.
+    """
+    process, began = started(script, *argv, "--resume", "--output", folder), time.time()
+    kind, values = random.choice(["any", "training", "training", "writing"]), folder / "args.json"
+    while kind != "any" and process.poll() is None:  # the last file that is written before training
+        if values.exists() and values.stat().st_mtime > began:
+            break
+        time.sleep(0.001)
+    if kind == "writing":
+        half = folder / f"{random.choice(['log.jsonl', 'student.pt', 'last.pt'])}.partial"
+        while process.poll() is None and not half.exists():
+            pass
+    else:
+        time.sleep(random.uniform(0, 8 if kind == "any" else 1.5))
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    written = [path.name for path in folder.glob("*.partial")]
+    print(kind, len(log_of(folder)) if (folder / "log.jsonl").exists() else "no", "epochs logged", *written)
+
+
+KILLED = {  # name -> script, options
+    "frskd": (train, [*TINY, "--epochs", 60, "--attention", *range(1, 61)]),
+    "sla": (train, [*TINY, "--sla", "--epochs", 30]),
+    "cutmix": (train, [*TINY, "--cutmix", "--epochs", 60]),
+    "partners": (train, [*TINY, "--method", "cskd", "--epochs", 60]),
+    "workers": (train, [*MOBILENET, "--dataset", "folder", "--device", "cpu", "--epochs", 30]),
+    "partners, workers": (train, "--dataset folder --arch wrn10_1 --method cskd --image-size 72 --batch-size 8".split()
+                          + "--device cpu --epochs 30".split()),
+    "segmentation": (seg, [*TINY_SEG, "--epochs", 24, "--predictions", *range(1, 25)]),
+    "segmentation, workers": (seg, [*TINY_SEG, "--epochs", 24, "--workers", 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, kills",
+    [("partners, workers", 2), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in KILLED)],
+)
+def test_killed_at_any_moment_and_resumed_a_run_ends_the_same(tmp_path, name, kills):
+    """By SIGKILL: weights and log equal bit for bit, every epoch logged once, all pictures drawn, nothing left over."""
+    script, options = KILLED[name]
+    if "folder" in options:
+        options = [*options, "--data-dir", class_folders(tmp_path / "images", size=80)]
+    if "voc" in options:
+        options = [*options, "--data-dir", voc_tree(tmp_path)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(options, "--output", whole, script=script) == 0
+    for _ in range(kills):
+        killed(script, cut, options)
+    assert main(options, "--resume", "--output", cut, script=script) == 0
+    assert same_run(whole, cut)
+    assert [entry["epoch"] for entry in log_of(cut)] == list(range(1, len(log_of(whole)) + 1))
+    files = {path.name for path in whole.iterdir()}
+    assert files == {path.name for path in cut.iterdir()}
+    assert all((whole / name).read_bytes() == (cut / name).read_bytes() for name in files if name.endswith(".png"))
 
 
 # ----------------------------------------------------------------------------------------------- the README

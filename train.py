@@ -598,9 +598,9 @@ def train(task, args, loaders, folder, checkpoint, stop):
             if rank() == 0:
                 print(f"{epoch_title(epoch, args)}  lr {lr:g}  {terms}  {result}", flush=True)
                 write_log(folder, log)
-                save_checkpoint(folder, method, optimizer, args, log)
-                if pictures and epoch + 1 in pictures:
+                if pictures and epoch + 1 in pictures:  # before the checkpoint: a resumed run does not come back to it
                     task.draw(method, test_loader, loaded, folder / f"{task.picture}-{epoch + 1}.png")
+                save_checkpoint(folder, method, optimizer, args, log)
     with agreed():
         if rank() == 0 and not pictures:
             task.draw(method, test_loader, loaded, folder / f"{task.picture}.png")
@@ -754,7 +754,8 @@ def results(task, metrics):
 
 # ------------------------------------------------------------------------------------- the folder of a run
 
-RUN_FILES = ("args.json", "log.jsonl", "last.pt", "student.pt", "attention*.png", "predictions*.png")
+# The checkpoint first: where removing them is cut short, what is left is no run that could be resumed.
+RUN_FILES = ("last.pt", "student.pt", "args.json", "log.jsonl", "attention*.png", "predictions*.png")
 
 
 def run_files(folder):
