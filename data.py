@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import struct
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -32,10 +33,14 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+# Of Python 3.14 on the default: no member of an archive is written outside the folder in which it is unpacked.
+tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
 
 DEVICE_RESIDENT = 64  # up to this size in pixels, a data set is decoded once and lives on the device
 
@@ -81,14 +86,15 @@ class Split:
 
 @dataclass
 class Data:
-    """Training and test split, the names of the classes, what the test split is called, and how many of its images
-    are training images too."""
+    """Training and test split, the names of the classes, what the test split is called, how many of its images are
+    training images too, and the files of `folder` that are no images by their names."""
 
     train: Split
     test: Split
     classes: list
     test_name: str = "test"
     leaked: int = 0
+    skipped: tuple = ()
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -180,7 +186,13 @@ def read_folder(root):
         paths = [path for path, _ in source.samples]
         labels = torch.tensor([train.class_to_idx[source.classes[label]] for _, label in source.samples])
         splits.append(Split(paths, labels))
-    return Data(*splits, train.classes, test_name)
+    return Data(*splits, train.classes, test_name, skipped=(*no_images(root / "train"), *no_images(root / test_name)))
+
+
+def no_images(folder):
+    """The files below a folder that torchvision's ImageFolder leaves out: of other endings, or in no class folder."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
+    return [path for path in paths if path.parent == folder or path.suffix.lower() not in IMG_EXTENSIONS]
 
 
 def image_folder(folder):
@@ -506,8 +518,8 @@ def read_image(path):
     """A file as a PIL image in RGB, whatever its format and mode; 16-bit images are refused."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                raise ValueError("16 bits a channel; convert it to 8")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"more than 8 bits a channel, mode {image.mode}; convert it to 8")
             return image.convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... for a broken file
         raise DataError(f"{path}: not a readable image ({error})") from None

@@ -596,6 +596,10 @@ def check_options(given):
     """Options that do not go together, refused before any data is read."""
     if given.get("method") == "baseline":
         refuse(given, TEACHER_OPTIONS, "has no effect with --method baseline, which has no teacher")
+    if given.get("alpha") == 0:
+        refuse(given, ["temperature"], "has no effect with --alpha 0, which is without soft labels")
+        if given.get("beta") == 0:
+            refuse(given, ["warmup_epochs", "ramp_epochs"], "has no effect with --alpha 0 and --beta 0: nothing rises")
     if given.get("dataset", "shapes") == "shapes":
         refuse(given, ["data_dir", "download", "protocol"], "has no effect with --dataset shapes, drawn in memory")
 

@@ -111,6 +111,10 @@ METHOD_OPTIONS = (*FRSKD_OPTIONS, "teacher_arch", "teacher_checkpoint")
 THIS_CALL = ("output", "overwrite", "resume", "eval")  # not kept in a checkpoint
 MAY_DIFFER = ("data_dir", "download", "workers", "device", "compile", *THIS_CALL)  # from the checkpoint's values
 
+# What an evaluation reads: which network and images, and how they are brought together.
+EVALUATED = ("eval", "dataset", "data_dir", "download", "protocol", "image_size", "arch", "blocks", "amp", "device",
+             "workers", "batch_size", "accumulate")  # fmt: skip
+
 DOWNLOADS = ["cifar100", *(name for name, official in data.OFFICIAL.items() if official.archives)]
 
 
@@ -330,6 +334,12 @@ def build_loaders(args, training=True):
         download=args.download,
         decoded=("train", "test") if training else ("test",),
     )
+    if loaded.skipped and rank() == 0:
+        print(
+            f"train.py: warning: {len(loaded.skipped)} files are not used, for they have no image's ending or lie in "
+            f"no class folder, first {loaded.skipped[0]}",
+            file=sys.stderr,
+        )
     options = dict(
         batch_size=args.batch_size,
         image_size=args.image_size,
@@ -596,11 +606,11 @@ def train(task, args, loaders, folder, checkpoint, stop):
         result = f"{metric_name} {metrics[metric]:.2f}  {clock['images_per_s']:.0f} images/s"
         with agreed():
             if rank() == 0:
-                print(f"{epoch_title(epoch, args)}  lr {lr:g}  {terms}  {result}", flush=True)
                 write_log(folder, log)
                 if pictures and epoch + 1 in pictures:  # before the checkpoint: a resumed run does not come back to it
                     task.draw(method, test_loader, loaded, folder / f"{task.picture}-{epoch + 1}.png")
                 save_checkpoint(folder, method, optimizer, args, log)
+                print(f"{epoch_title(epoch, args)}  lr {lr:g}  {terms}  {result}", flush=True)
     with agreed():
         if rank() == 0 and not pictures:
             task.draw(method, test_loader, loaded, folder / f"{task.picture}.png")
@@ -821,9 +831,12 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"cannot write {path}: {reason}") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps that of a full disk
+        if not isinstance(cause, OSError):
+            raise
+        kept = "; the one from before is whole" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {cause.strerror}{kept}") from None
     finally:
         if partial.exists():
             partial.unlink()
@@ -1399,6 +1412,8 @@ def check_options(given):
         refuse(given, ["download"], f"has no effect with --dataset {dataset}")
     if given.get("beta") == 0 and given.get("feature_loss") != "none":
         refuse(given, ["feature_loss"], "has no effect with --beta 0, which is without a feature loss")
+    if given.get("alpha") == 0 and "sla" not in given:
+        refuse(given, ["temperature"], "has no effect with --alpha 0, which is without soft labels")
     if "mixup" in given:
         refuse(given, ["cutmix"], "does not go with --mixup: one of them")
     if "sla" in given:
@@ -1531,9 +1546,13 @@ def run_training(task, given, argv):
         complain(f"{task.script}: error: {error}{kept}", error)
         return 1
     except RuntimeError as error:
-        if not is_of_processes(error):
+        if is_of_processes(error):
+            gone = "another process is gone"
+        elif "DataLoader worker" in str(error):
+            gone = "a worker process is gone, perhaps killed for want of memory (fewer --workers need less)"
+        else:
             raise
-        print(f"{task.script}: error: another process is gone; {how_to_go_on(task, args)}", file=sys.stderr)
+        print(f"{task.script}: error: {gone}; {how_to_go_on(task, args)}", file=sys.stderr)
         return 1
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -1582,11 +1601,14 @@ def values_of_run(task, given, argv):
 
 def run_eval(task, given):
     """Evaluate a last.pt or a student.pt, or with the option that draws, draw its picture; -> exit status."""
-    if "resume" in given or "overwrite" in given:
-        raise UserError("--eval goes with neither --resume nor --overwrite")
+    drawn = given.pop(task.picture, None)
+    draw = drawn is not None
+    if drawn:
+        raise UserError(f"{option(task.picture)} {text(drawn)}: with --eval without an epoch, for the file says which")
+    read = (*EVALUATED, "output") if draw else EVALUATED
+    refuse(given, [key for key in given if key not in read], "has no effect with --eval")
     path = Path(given["eval"])
     state = load_file(path)
-    draw = given.pop(task.picture, None) is not None
     beside = path.with_name("args.json")
     whole = is_checkpoint(state, path, task)
     if whole or beside.exists():
@@ -1638,9 +1660,26 @@ def run_command(task, argv):
     except (UserError, DataError) as error:
         complain(f"{task.script}: error: {error}", error)
         return 2
+    except BrokenPipeError:  # of | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # of the machine: no permission, a full disk under the output, a disk that is gone
+        complain(f"{task.script}: error: {error}", error)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_of_memory(error):
+            raise
+        advice = "take a smaller --batch-size, --image-size or network"
+        complain(f"{task.script}: error: out of memory: {advice} ({data.one_line(error)[:100]})", error)
+        return 2
     except KeyboardInterrupt:
         print(f"{task.script}: stopped", file=sys.stderr)
         return 130
+
+
+def is_of_memory(error):
+    """Whether it says that memory, of the GPU or of the machine, is not enough."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def run(task, dashed, argv):
