@@ -207,7 +207,10 @@ def folder_image_size(root):
 
     It is read off the first training image: the shorter side.
     """
-    short = min(read_image(read_folder(root).train.images[0]).size)
+    first = read_folder(root).train.images[0]
+    short = min(read_image(first).size)
+    if short < 8:
+        raise DataError(f"{first}: a side of {short} pixels, fewer than 8: say with --image-size what to enlarge it to")
     return short if short <= DEVICE_RESIDENT else 224
 
 

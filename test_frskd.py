@@ -4187,9 +4187,9 @@ KILLED = {  # name -> script, options
     "sla": (train, [*TINY, "--sla", "--epochs", 30]),
     "cutmix": (train, [*TINY, "--cutmix", "--epochs", 200]),
     "partners": (train, [*TINY, "--method", "cskd", "--epochs", 300]),
-    "workers": (train, [*MOBILENET, "--dataset", "folder", "--device", "cpu", "--epochs", 30]),
+    "workers": (train, [*MOBILENET, "--dataset", "folder", "--device", "cpu", "--epochs", 60]),
     "partners, workers": (train, "--dataset folder --arch wrn10_1 --method cskd --image-size 72 --batch-size 8".split()
-                          + "--device cpu --epochs 30".split()),
+                          + "--device cpu --epochs 120".split()),
     "segmentation": (seg, [*TINY_SEG, "--epochs", 24, "--predictions", *range(1, 25)]),
     "segmentation, workers": (seg, [*TINY_SEG, "--epochs", 24, "--workers", 1]),
 }  # fmt: skip

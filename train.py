@@ -871,7 +871,12 @@ def is_checkpoint(content, path, task):
         and {"args", "method", "optimizer", "log"} <= set(content)
         and is_values(content["args"], path, task)
         and isinstance(content["log"], list)
+        and all(isinstance(entry, dict) and fits_log(entry, task) for entry in content["log"])
     )
+
+
+def fits_log(entry, task):
+    return isinstance(entry.get("epoch"), int) and isinstance(entry.get(task.metric), float)
 
 
 class OtherScript(UserError):
@@ -880,17 +885,39 @@ class OtherScript(UserError):
 
 def is_values(content, path, task):
     """Whether it is the values of a run, as a checkpoint and an args.json hold them: every key, of the right type."""
-    needed = {*task.recipe, *RUN, task.picture, "script", "dataset", "milestones", "recipe", "name"} - {"output"}
     if not isinstance(content, dict):
         return False
     if isinstance(content.get("script"), str) and content["script"] != task.script:
         raise OtherScript(f"{path} is of a run of {content['script']}, not of {task.script}")
-    types = {key: type(value) for key, value in task.recipe.items() if value is not None} | dict(recipe=dict, name=str)
-    types |= {key: (list, tuple) for key, kind in types.items() if kind is tuple}  # JSON knows no tuple
-    fit = needed <= set(content) and all(isinstance(content[key], kind) for key, kind in types.items())
-    if fit and content["method"] not in task.methods:
+    if isinstance(content.get("method"), str) and content["method"] not in task.methods:
         raise UserError(f"{path} is of --method {content['method']}, which {task.script} does not have: use its script")
-    return fit
+    needed = {*task.recipe, *RUN, task.picture, "script", "dataset", "milestones", "recipe", "name"} - {"output"}
+    types = {key: type(value) for key, value in (RUN | task.recipe).items() if value is not None}
+    types |= dict(device=str, script=str, name=str, recipe=dict)
+    types |= {key: (list, tuple) for key, kind in types.items() if kind is tuple}  # JSON knows no tuple
+    return (
+        needed <= set(content)
+        and all(isinstance(content[key], kind) for key, kind in types.items())
+        and task.recipe.keys() - {"warmup_epochs", "ramp_epochs"} <= content["recipe"].keys()
+        and content.get("stats", "cifar") in [*data.STATS]
+        and isinstance(content.get("argv", []), list)
+        and all(isinstance(arg, str) for arg in content.get("argv", []))
+        and all(isinstance(drop, float) and 0 < drop < 1 for drop in content["lr_drops"])
+        and all(could_be_given(action, content.get(action.dest)) for action in task.parser()._actions)
+    )
+
+
+def could_be_given(action, value):
+    """Whether an option of a parser has this value where it is given on some command line, or not given."""
+    if value is None or action.nargs == 0:  # a flag
+        return value in (None, False, True)
+    values = value if action.nargs == "*" and isinstance(value, list) else [value]
+    try:
+        strings = [text(v) if isinstance(v, list) else str(v) for v in values]
+        parsed = [(action.type or str)(string) for string in strings]
+    except (argparse.ArgumentTypeError, TypeError):
+        return False
+    return parsed == values and (action.choices is None or value in action.choices)
 
 
 def continued(task, saved, given):
