@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import importlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -402,6 +403,84 @@ def test_each_distillation_loss_alone_pulls_the_student_to_a_frozen_teacher(name
         loss.backward()
         optimizer.step()
     assert values[-1] < 0.7 * values[0]
+
+
+class Pyramid(nn.Module):
+    """A student of given maps: their sizes are those of the image, then halved each time."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.channels = channels
+        convs = zip([3, *channels], channels)  # of stride 1: torch's strided ones fail in bf16 on 1x1 maps, on a CPU
+        self.convs = nn.ModuleList(nn.Conv2d(c_in, c, 3, padding=1) for c_in, c in convs)
+        self.fc = nn.Linear(channels[-1], num_classes)
+
+    def features(self, x):
+        feats = []
+        for conv in self.convs:
+            feats.append(conv(F.avg_pool2d(feats[-1], 2, ceil_mode=True) if feats else x).relu())
+        return self.fc(feats[-1].mean((2, 3))), feats
+
+
+def sound(blocks, size, batch_size, width, loss, dtype):
+    """Shapes, finite terms and gradients, where these belong, of a step on maps of `size`, size / 2 ...
+
+    Batch norm refuses a single value a channel, which one image gives on a 1x1 map.
+    """
+    torch.manual_seed(size)
+    student = Pyramid([3, 1, 8, 5, 16, 2][:blocks], 5)
+    teacher = frskd.BiFPNc(student.channels, 5, width=width) if width else frskd.BiFPN(student.channels, 5, dim=6)
+    feature_loss = frskd.attention_transfer if loss == "at" else frskd.FitNet(student.channels, teacher.dims)
+    method = frskd.FRSKD(student, teacher, feature_loss=feature_loss).to(dtype)
+    x, y = torch.randn(batch_size, 3, size, size).to(dtype), torch.arange(batch_size) % 5
+    smallest = math.ceil(size / 2 ** (blocks - 1))
+    if batch_size * smallest**2 == 1:
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            method(x, y)
+        return
+    for dead in (False, True):
+        if dead:
+            nn.init.zeros_(student.convs[-1].weight), nn.init.zeros_(student.convs[-1].bias)  # a map of zeros
+        method.zero_grad()
+        _, feats = student.features(x)
+        logits_t, feats_t = teacher(feats)
+        terms, logits = method(x, y)
+        assert [f.shape for f in feats_t] == [(batch_size, d, *f.shape[2:]) for d, f in zip(teacher.dims, feats)]
+        assert logits.shape == logits_t.shape == (batch_size, 5) and all(f.isfinite().all() for f in feats_t)
+        assert list(terms) == ["ce", "ce_t", "kd", "feat"] and all(term.isfinite() for term in terms.values())
+        (terms["kd"] + terms["feat"]).backward(retain_graph=True)
+        assert all(p.grad is None for p in teacher.parameters())
+        assert student.convs[0].weight.grad.abs().sum() > 0 or dead or blocks == 1
+        (terms["ce"] + terms["ce_t"]).backward()
+        used = [p for p in method.parameters() if p.grad is not None]
+        assert all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in used)
+        assert {id(p) for p in teacher.parameters()} <= {id(p) for p in used}
+
+
+SIZES, BLOCKS, BATCHES, WIDTHS = (
+    (8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 64, 65, 96, 97),
+    range(1, 7),
+    range(1, 6),
+    range(4),
+)
+TYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_self_teacher_and_losses_are_sound_at_any_size(blocks, dtype):
+    """Images of 8 to 97 px, batches of 1 to 5, w of 1 to 3 and one width for all maps, in turn."""
+    for i, size in enumerate(SIZES[blocks % 2 :: 2]):
+        sound(blocks, size, 1 + (i + blocks) % 5, (i + blocks) % 4, ["at", "fitnet"][i % 2], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("loss", ["at", "fitnet"])
+def test_self_teacher_and_losses_are_sound_at_all_sizes(loss, dtype):
+    """Every combination of the above: 1,680 of each loss and type."""
+    for size, blocks, batch_size, width in itertools.product(SIZES, BLOCKS, BATCHES, WIDTHS):
+        sound(blocks, size, batch_size, width, loss, dtype)
 
 
 # ------------------------------------------------------------------ Variants: other feature losses (Table 5), SLA
