@@ -4233,6 +4233,99 @@ def test_download_of_voc_fetches_what_is_missing(tmp_path, served, monkeypatch):
     assert len(data.load_masks("voc", data_dir=tmp_path, download=True).test) == 3  # unpacked again, not fetched
 
 
+# ------------------------------------------------------------------------------ every option has an effect of its own
+
+ALL = {"ce", "ce_t", "kd", "feat"}
+EFFECTS = {  # option -> value, the first of three steps whose terms it changes, and which terms
+    "alpha": ("3", 1, {"kd"}),
+    "beta": ("50", 1, {"feat"}),
+    "temperature": ("2", 1, {"kd"}),
+    "teacher": ("bifpn", 1, {"ce_t", "kd", "feat"}),
+    "width": ("1", 1, {"ce_t", "kd", "feat"}),
+    "channels": ("16 --teacher bifpn", 1, {"ce_t", "kd", "feat"}),
+    "feature-loss": ("fitnet --beta 100", 1, {"feat"}),
+    "sla": ("", 1, {"kd", "feat"}),
+    "mixup": ("1", 1, ALL),
+    "cutmix": ("", 1, ALL),
+    "method": ("baseline", 1, {"ce_t", "kd", "feat"}),
+    "arch": ("wrn10_2", 1, ALL),
+    "seed": ("1", 1, ALL),
+    "image-size": ("24", 1, ALL),
+    "per-class": ("6 --batch-size 18", 1, ALL),
+    "batch-size": ("12", 1, ALL),
+    "amp": ("", 1, ALL),
+    "lr": ("0.01", 2, ALL),
+    "weight-decay": ("0.1", 2, ALL),
+    "momentum": ("0.5", 3, ALL),
+    "milestones": ("none", 3, ALL),
+}
+ELSEWHERE = {"blocks", "teacher-arch", "teacher-checkpoint", "sync-bn"}  # other networks, teachers and machines
+NO_NUMBER = {"dataset", "data-dir", "download", "epochs", "workers", "device", "compile", "output", "overwrite",
+             "resume", "eval", "table", "bench", "cost", "attention", "predictions", "help"}  # fmt: skip
+SEG_EFFECTS = {
+    "alpha": ("3", 1, {"kd"}),
+    "beta": ("20", 1, {"feat"}),
+    "temperature": ("2", 1, {"kd"}),
+    "teacher": ("top-down", 1, {"ce_t", "kd", "feat"}),
+    "ramp-epochs": ("1", 1, {"kd", "feat"}),
+    "warmup-epochs": ("1", 1, {"kd", "feat"}),
+    "arch": ("d1", 1, ALL),
+    "seed": ("1", 1, ALL),
+    "image-size": ("72", 1, ALL),
+    "batch-size": ("6", 1, ALL),
+    "accumulate": ("1", 1, ALL),
+    "protocol": ("paper", 1, ALL),
+    "amp": ("", 1, ALL),
+    "clip-value": ("0.0001", 2, ALL),
+    "lr": ("0.001", 2, ALL),
+    "weight-decay": ("0.1", 2, ALL),
+    "momentum": ("0.1", 3, ALL),
+    "milestones": ("1", 3, ALL),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory):
+    """Three epochs of one step each -> {script: (options, log)}."""
+    root, runs = tmp_path_factory.mktemp("effects"), {}
+    images, voc = class_folders(root / "images"), voc_tree(root)
+    for script, options in (
+        (train, f"--dataset folder --data-dir {images} --arch wrn10_1 --batch-size 24 --device cpu --epochs 3"),
+        (seg, f"--data-dir {voc} --epochs 3 --warmup-epochs 0 --batch-size 12 --accumulate 2 --dataset voc "
+              "--weights none --image-size 64 --device cpu --workers 0 --milestones none"),
+    ):  # fmt: skip
+        assert main(options.split(), "--output", root / script.__name__, script=script) == 0
+        runs[script] = options.split(), log_of(root / script.__name__)
+    return runs
+
+
+@pytest.mark.parametrize(
+    "script, key",
+    [*((train, key) for key in EFFECTS), *(pytest.param(seg, key, marks=pytest.mark.slow) for key in SEG_EFFECTS)],
+)
+def test_every_option_changes_the_terms_that_it_is_about(plain_runs, tmp_path, script, key):
+    (value, step, terms), (options, plain) = (EFFECTS if script is train else SEG_EFFECTS)[key], plain_runs[script]
+    assert main(options, f"--{key} {value}".split(), "--output", tmp_path / "run", script=script) == 0
+    changed = [
+        {term for term in ALL if before[term] != after.get(term)}
+        for before, after in zip(plain, log_of(tmp_path / "run"))
+    ]
+    assert changed[step - 1] == terms and not any(changed[: step - 1])
+    if key in ("alpha", "beta"):  # a weight: 3 of 2 and of 1, 50 of 100, 20 of 50
+        ratio = {"alpha": 3 / (2 if script is train else 1), "beta": 0.5 if script is train else 0.4}[key]
+        (term,) = terms
+        assert log_of(tmp_path / "run")[0][term] == pytest.approx(ratio * plain[0][term], rel=1e-4)
+
+
+def test_no_option_is_without_a_test_of_its_effect():
+    for script, effects, elsewhere in (
+        (train, EFFECTS, ELSEWHERE),
+        (seg, SEG_EFFECTS, {"method", "weights", "sync-bn"}),
+    ):
+        options = {a.option_strings[-1].removeprefix("--") for a in script.parser()._actions}
+        assert options - NO_NUMBER == effects.keys() | elsewhere
+
+
 # ------------------------------------------------------------------------------------- killed at any moment
 
 
