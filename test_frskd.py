@@ -3228,11 +3228,21 @@ class Poisoned(frskd.Baseline):
         return (dict(ce=terms["ce"] * math.inf), logits) if self.steps == 2 and train.rank() == 1 else (terms, logits)
 
 
+class Broken(data.DeviceLoader):
+    """In the second process, not in the first, the second batch cannot be read."""
+
+    def epoch(self, epoch=0):
+        for step, batch in enumerate(super().epoch(epoch)):
+            if step == 1 and self.rank == 1:
+                raise data.DataError("a.jpg: not a readable image")
+            yield batch
+
+
 def refusal(function, *args):
     """The message of the error that a call raises."""
     try:
         function(*args)
-    except (train.UserError, train.NonFinite) as error:
+    except (train.UserError, train.NonFinite, data.DataError) as error:
         return str(error)
 
 
@@ -3248,12 +3258,14 @@ def one_of_many(out):
         train.share_buffers(method)
         everyone = torch.cat([weights, *(b.double() for b in map(torch.flatten, method.buffers()))])
         smallest, largest = train.all_reduced(everyone.clone(), MIN), train.all_reduced(everyone.clone(), MAX)
+        kwargs = dict(train=True, batch_size=7, rank=train.rank(), processes=train.processes())
         results["refused"] = [refusal(*call) for call in (
             (train.run, train.CLASSIFICATION, ["--table", "runs"], []),
             (train.run, train.CLASSIFICATION, ["--seed", "x"], []),
             (train.check_processes, SimpleNamespace(device="cuda:1", sync_bn=False)),
             (train.check_processes, SimpleNamespace(device="cuda", sync_bn=False)),
             (recorded_epoch, train.CLASSIFICATION, Poisoned(Plain(28)), loader),
+            (recorded_epoch, train.CLASSIFICATION, frskd.Baseline(Plain(28)), Broken(loader.split, **kwargs)),
         )]  # fmt: skip
         among = dict(rank=train.rank(), processes=train.processes())
         test = data.make_loader(
@@ -3309,13 +3321,14 @@ def test_processes_keep_equal_weights_and_evaluate_as_one(of_many, n):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_refuse_together(of_many, n):
-    """In all of them, the same: what is for one process, wrong options, devices, a loss that is infinite in one."""
+    """In all of them, the same: what is for one process, options, devices, a loss or an image that is bad in one."""
     expected = [
         "--table is for one process: python train.py, without torchrun",
         "argument --seed: 'x' is not a whole number of at least 0",
         "--device cuda:1: torchrun's processes take cpu, or cuda, one GPU each",
         f"--nproc-per-node={n}: one GPU each is needed, there are {torch.cuda.device_count()}; or --device cpu",
         "the term ce is not finite in epoch 1, step 2",
+        "a.jpg: not a readable image",
     ]
     assert of_many[n]["refused"] == expected
 
