@@ -28,6 +28,7 @@ import threading
 import time
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2993,11 +2994,41 @@ def test_checkpoints_that_do_not_fit_are_refused(run, tmp_path, capsys):
     assert f"{half} is not a checkpoint that can be read" in refused(capsys, "--resume", half)
     assert "is not the last.pt of a run" in refused(capsys, "--resume", run / "student.pt")
     other = tmp_path / "student.pt"
-    torch.save(frskd.WideResNet(16, 1, 8).state_dict(), other)
-    assert "the checkpoint does not fit wrn10_1" in refused(capsys, "--eval", other, TINY_EVAL)
+    for unfit in (frskd.WideResNet(16, 1, 8), frskd.WideResNet(10, 2, 8), frskd.WideResNet(10, 1, 7)):
+        torch.save(unfit.state_dict(), other)  # of another depth, width, number of classes
+        assert "the checkpoint does not fit wrn10_1" in refused(capsys, "--eval", other, TINY_EVAL)
+    for content in (b"", b"[]", b"PK", bytes(5000), (run / "args.json").read_bytes()):
+        other.write_bytes(content)
+        assert f"{other} is not a checkpoint that can be read" in refused(capsys, "--eval", other, TINY_EVAL)
+    assert "is not a checkpoint that can be read: IsADirectoryError" in refused(capsys, "--eval", run)
 
 
-@pytest.mark.parametrize("change", [dict(args=[]), dict(args={}), dict(log="x"), dict(optimizer={}), dict(method={})])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(seed="x"), dict(seed=None), dict(device=5), dict(device="cuda:99"), dict(compile="x"), dict(workers=-1),
+        dict(lr=math.nan), dict(alpha=-1.0), dict(epochs=True), dict(milestones=[1, "x"]), dict(arch="resnet19"),
+        dict(stats="x"), dict(lr_drops=["x"]), dict(argv=3), dict(argv=[3]), dict(recipe={}), dict(dataset=[]),
+        dict(method="baseline"), dict(width=1), dict(data_dir=3), dict(download="x"), dict(mixup="x"), dict(blocks=[1]),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_other_values_is_refused(run, tmp_path, capsys, values):
+    """Those that no command line could give, that this machine has not, or that do not fit the weights."""
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    torch.save(checkpoint | dict(args=checkpoint["args"] | values), tmp_path / "last.pt")
+    line = refused(capsys, "--resume", tmp_path)
+    (key,) = values
+    reasons = dict(device="--device cuda:99" if values == dict(device="cuda:99") else "is not the last.pt of a run")
+    reasons |= dict(
+        arch="--arch resnet19", method="does not fit wrn10_1, baseline", width="does not fit wrn10_1, frskd"
+    )
+    assert reasons.get(key, "is not the last.pt of a run") in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(args=[]), dict(args={}), dict(log="x"), dict(log=[{}]), dict(log=[1]), dict(optimizer={}), dict(method={})],
+)
 def test_a_checkpoint_of_another_content_is_refused(run, tmp_path, capsys, change):
     torch.save(torch.load(run / "last.pt", weights_only=True) | change, tmp_path / "last.pt")
     line = refused(capsys, "--resume", tmp_path)
@@ -3063,6 +3094,33 @@ def test_a_worker_that_is_gone_stops_the_run_with_one_line(tmp_path, capsys):
     (line,) = shown(capsys.readouterr().err)
     assert line.startswith("train.py: error: a worker process is gone, perhaps killed for want of memory")
     assert line.endswith(f"; continue with: python train.py --resume {tmp_path / 'run'}")
+
+
+def test_what_nobody_reads_any_more_stops_with_one_line(run, monkeypatch, capsys):
+    """Standard output on a full disk, and a pipe that is closed, as by | head: status 141, the shell's for it."""
+    with suppress(OSError), open("/dev/full", "w") as full, monkeypatch.context() as patch:  # closing it fails too
+        patch.setattr(sys, "stdout", full)
+        assert main("--table", run) == 2
+    assert shown(capsys.readouterr().err) == ["train.py: error: [Errno 28] No space left on device"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert main("--table", run) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", ["", "--method cskd", "--cutmix", "--sla"])
+def test_classes_of_one_image_a_last_batch_of_one_and_a_single_test_image(tmp_path, options):
+    """The partner in a class of one image is the image; of five images in batches of two, the last batch has three."""
+    class_folders(tmp_path, per_class=1, classes=5, splits=("train",))
+    (tmp_path / "test/class2").mkdir(parents=True)
+    shutil.copy(tmp_path / "train/class2/002.png", tmp_path / "test/class2")
+    arguments = ["--dataset", "folder", "--data-dir", tmp_path, "--arch", "wrn10_1", "--batch-size", 2, "--epochs", 1]
+    assert main(arguments, options.split(), "--device", "cpu", "--output", tmp_path / "run") == 0
+    (entry,) = log_of(tmp_path / "run")
+    assert entry["top1"] in (0, 100) and entry["top5"] == 100
+    assert all(math.isfinite(value) for value in entry.values())
 
 
 def test_too_little_memory_gets_one_line(monkeypatch, capsys):
@@ -4189,6 +4247,9 @@ def test_a_broken_voc_gets_one_line(tmp_path, capsys, name):
         ("--method baseline --beta 5", "--beta has no effect with --method baseline"),
         ("--method baseline --warmup-epochs 5", "--warmup-epochs has no effect with --method baseline"),
         ("--protocol paper", "--protocol has no effect with --dataset shapes"),
+        ("--dataset voc --alpha 0 --temperature 2", "--temperature has no effect with --alpha 0"),
+        ("--dataset voc --alpha 0 --beta 0 --ramp-epochs 2", "--ramp-epochs has no effect with --alpha 0 and --beta 0"),
+        ("--dataset voc --eval x --lr 1", "--lr has no effect with --eval"),
         ("--data-dir x", "--data-dir has no effect with --dataset shapes"),
         ("--arch d2", "argument --arch: invalid choice: 'd2'"),
         ("--dataset voc --data-dir /nowhere", "VOC2007/ImageSets/Segmentation/trainval.txt is missing; fetch"),

@@ -1683,7 +1683,9 @@ def run_command(task, argv):
     dashed = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
     try:
         with joined():
-            return run(task, dashed, argv)
+            status = run(task, dashed, argv)
+            sys.stdout.flush()  # here, where a closed pipe is caught
+            return status
     except (UserError, DataError) as error:
         complain(f"{task.script}: error: {error}", error)
         return 2
