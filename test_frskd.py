@@ -171,6 +171,11 @@ def test_fast_normalized_fusion_by_hand():
     assert_close(frskd.fused_sum(torch.ones(2), maps[:2])[:2], torch.tensor([0.499975, 0.499975]), atol=1e-6, rtol=0)
 
 
+def test_a_sum_whose_weights_are_all_negative_is_zero_not_nan():
+    maps = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
+    assert torch.equal(frskd.fused_sum(torch.tensor([-1.0, -2.0]), maps), torch.zeros(1, 2, 3, 3))
+
+
 def test_resize_is_bilinear_up_and_max_pooling_down():
     """Sec. 3.1. 4x4 filled 0..15, and filled 15..0: 3x3 windows of stride 2 with symmetric padding."""
     x = torch.arange(16.0).view(1, 1, 4, 4)
@@ -2925,6 +2930,8 @@ def test_broken_data_is_refused_by_name(tmp_path, capsys):
     assert "no such folder: " + str(tmp_path / "train") in refused(capsys, folder)
     class_folders(tmp_path, splits=("train",))
     assert "neither val/ nor test/" in refused(capsys, folder)
+    class_folders(tmp_path, size=7)
+    assert "a side of 7 pixels, fewer than 8: say with --image-size" in refused(capsys, folder)
     class_folders(tmp_path)
     (tmp_path / "test/class9").mkdir()
     assert "Found no valid file for the classes class9" in refused(capsys, folder)
