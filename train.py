@@ -884,7 +884,7 @@ class OtherScript(UserError):
 
 
 def is_values(content, path, task):
-    """Whether it is the values of a run, as a checkpoint and an args.json hold them: every key, of the right type."""
+    """Whether it is the values of a run, as a checkpoint and an args.json hold them: all, and as could be given."""
     if not isinstance(content, dict):
         return False
     if isinstance(content.get("script"), str) and content["script"] != task.script:
