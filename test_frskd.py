@@ -463,7 +463,7 @@ def sound(blocks, size, batch_size, width, loss, dtype):
         assert {id(p) for p in teacher.parameters()} <= {id(p) for p in used}
 
 
-SIZES, BLOCKS, BATCHES, WIDTHS = (
+SIZES, DEPTHS, BATCHES, WIDTHS = (
     (8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 64, 65, 96, 97),
     range(1, 7),
     range(1, 6),
@@ -473,7 +473,7 @@ TYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("blocks", DEPTHS)
 def test_self_teacher_and_losses_are_sound_at_any_size(blocks, dtype):
     """Images of 8 to 97 px, batches of 1 to 5, w of 1 to 3 and one width for all maps, in turn."""
     for i, size in enumerate(SIZES[blocks % 2 :: 2]):
@@ -485,7 +485,7 @@ def test_self_teacher_and_losses_are_sound_at_any_size(blocks, dtype):
 @pytest.mark.parametrize("loss", ["at", "fitnet"])
 def test_self_teacher_and_losses_are_sound_at_all_sizes(loss, dtype):
     """Every combination of the above: 1,680 of each loss and type."""
-    for size, blocks, batch_size, width in itertools.product(SIZES, BLOCKS, BATCHES, WIDTHS):
+    for size, blocks, batch_size, width in itertools.product(SIZES, DEPTHS, BATCHES, WIDTHS):
         sound(blocks, size, batch_size, width, loss, dtype)
 
 
