@@ -1,0 +1,670 @@
+"""A run: its options and name, its folder, log and checkpoint, its processes and its meter, for train.py and seg.py.
+
+A checkpoint is written at the end of an epoch, under another name, then renamed; every random draw comes from
+(seed, epoch). So a run may die at any moment, and the recovery is how every run starts: from the last checkpoint.
+"""
+import argparse
+import contextlib
+import ctypes
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from tabulate import tabulate
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import frskd
+from experiments.archives import UserError, one_line
+from experiments.data import seed_of
+
+THIS_CALL = ("overwrite", "resume", "eval", "table", "curves", "cost", "help")  # not kept with a run
+# Options that change no number: not in a run's name, free to differ when it is resumed. A teacher's weights are in the
+# checkpoint, whatever its file is called later.
+FREE = (*THIS_CALL, "data_dir", "download", "workers", "device", "compile", "output", "attention", "predictions",
+        "teacher_checkpoint")  # fmt: skip
+METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_loss", "sla", "teacher_arch",
+                  "teacher_checkpoint", "warmup_epochs", "ramp_epochs")  # of which a method takes those that it names
+METRICS = dict(top1="top-1", top5="top-5", miou="mIoU")  # key in the log: its name, in percent
+RUN_FILES = ("last.pt", "student.pt", "args.json", "log.jsonl", "*.png")  # in the order in which they are removed
+FLAG = dict(action="store_true", default=argparse.SUPPRESS)  # of an option without a value
+
+
+class NonFinite(Exception):
+    """A term, a weight or a logit became infinite or not a number."""
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses what was given and nothing else: the other values are the recipe's."""
+
+    def __init__(self, script, description):
+        super().__init__(prog=script, description=f"{description} A value that is not given is the recipe's of "
+                         "--dataset, which stands in brackets: see --dataset NAME --help.", add_help=False,
+                         allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
+
+    def error(self, message):
+        known = [name for action in self._actions for name in action.option_strings]
+        usual = {"--gpu": "--device", "--gpus": "--device", "--model": "--arch", "--wd": "--weight-decay"}
+        words = message.split() if message.startswith("unrecognized") else []
+        unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+        meant = [usual.get(word) or "".join(difflib.get_close_matches(word, known, 1)) for word in unknown]
+        raise UserError(message + "".join(f"; did you mean {name}?" for name in meant if name))
+
+
+def number(kind, low, below=math.inf, above=False):
+    """An argparse type: an int or float of at least `low` (above: greater than it), and less than `below`."""
+
+    def parse(string):
+        value = kind(string)
+        if not low <= value < below or above and value == low or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{string} is not {'above' if above else 'at least'} {low}, below {below}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: invalid whole number value: '1.5'
+    return parse
+
+
+def path(string):
+    if not string:
+        raise argparse.ArgumentTypeError("an empty name")
+    return str(Path(string).expanduser())
+
+
+def epoch_list(string):
+    return [] if string == "none" else sorted({number(int, 1)(epoch) for epoch in string.split(",")})
+
+
+def add_optimisation_options(parser):
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=number(int, 1), help="(%(default)s)")
+    g.add_argument("--milestones", type=epoch_list, metavar="A,B,...", help="after these epochs the learning rate "
+                   "falls to a tenth; none: constant (%(default)s)")
+    g.add_argument("--batch-size", type=number(int, 1), help="of all processes together (%(default)s)")
+    g.add_argument("--lr", type=number(float, 0, above=True), help="of SGD, at the start (%(default)s)")
+    g.add_argument("--momentum", type=number(float, 0, 1), help="not Nesterov (%(default)s)")
+    g.add_argument("--weight-decay", type=number(float, 0), help="of all parameters; 5e-4 is common too (%(default)s)")
+    return g
+
+
+def add_run_options(parser, picture):
+    """The options of a run that both scripts have; `picture` is the one that draws."""
+    g = parser.add_argument_group("run")
+    g.add_argument("--seed", type=number(int, 0), help="of initialisation, order and augmentation (%(default)s)")
+    g.add_argument("--workers", type=number(int, 0), help="processes that decode larger images (%(default)s)")
+    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (%(default)s)")
+    g.add_argument("--amp", help="bfloat16 autocast; the losses stay in float32", **FLAG)
+    g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
+                   help="torch.compile the method, by this backend")
+    g.add_argument("--output", type=path, metavar="DIR", help="folder of the run (runs/DATASET-ARCH-NAME-sSEED)")
+    x = g.add_mutually_exclusive_group()
+    x.add_argument("--overwrite", help="replace the run that the folder holds", **FLAG)
+    x.add_argument("--resume", nargs="?", const=True, type=path, metavar="PATH", help="continue a run, its folder or "
+                   "last.pt; without PATH the one in --output, or a fresh one where that has no checkpoint")
+    g.add_argument(f"--{picture}", nargs="*", type=number(int, 1), metavar="EPOCH",
+                   help=f"draw {picture}-EPOCH.png after these epochs ({picture}.png at the end)")
+    g = parser.add_argument_group("instead of training")
+    g.add_argument("--eval", type=path, metavar="FILE", help=f"evaluate a last.pt or student.pt; --{picture} draws too")
+    g.add_argument("--table", type=path, metavar="DIR", help="print the results of the runs below a folder")
+    g.add_argument("--cost", help="print parameters and FLOPs of network and self-teacher", **FLAG)
+    g.add_argument("-h", "--help", help="show this message", **FLAG)
+
+
+def keywords(function):
+    """{name: default} of a method's options, its builder's keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def untaken(methods, method, given):
+    """{option: None} of the options that only other methods take. UserError where one of them was given."""
+    takes, others = ([key for key in METHOD_OPTIONS if any(key in keywords(make) for make in makes)]
+                     for makes in ([methods[method]], methods.values()))  # fmt: skip
+    for key in others:
+        if key not in takes and given.get(key) is not None:
+            taken = " ".join(map(option, takes)) or "none of these"
+            raise UserError(f"{option(key)} is no option of --method {method}, which takes {taken}")
+    return {key: None for key in others if key not in takes}
+
+
+def option(key):
+    return "--" + key.replace("_", "-")
+
+
+def text(value):
+    """A value as one would type it."""
+    if isinstance(value, list):
+        return ",".join(map(text, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def options(parser, recipe, argv):
+    """Recipe < checkpoint < command line -> args; the file to continue from or to evaluate, loaded, or None.
+
+    recipe: {option: value} of what was given -> {option: value} of all.
+    """
+    argv = list(map(str, sys.argv[1:] if argv is None else argv))
+    given, saved, content = vars(parser.parse_args(argv)), {}, None
+    if "help" in given:
+        parser.set_defaults(**vars(resolved(parser, recipe, given)))
+        parser.print_help()
+        sys.exit()
+    source = given.get("eval", given.get("resume"))
+    if source is True:  # --resume without a path
+        source = given.get("output") or resolved(parser, recipe, given).output
+        source = source if (Path(source) / "last.pt").exists() else None
+    if source:
+        file = Path(source) / "last.pt" if Path(source).is_dir() else Path(source)
+        content, beside = load_file(file), file.with_name("args.json")
+        if is_checkpoint(content):
+            saved = content["args"]
+        elif "eval" not in given:
+            raise UserError(f"{file} is not the last.pt of a run")
+        elif beside.exists():
+            saved = json.loads(beside.read_text())
+        if saved.get("script", parser.prog) != parser.prog:
+            raise UserError(f"{file} is of a run of {saved['script']}")
+        for key, value in given.items():
+            longer = key == "epochs" and "eval" not in given and value > saved.get(key, value)
+            if key not in FREE and saved.get(key, value) != value and not longer:
+                raise UserError(f"{option(key)} {text(value)} differs from the run's {text(saved[key])}: leave it out")
+        given = {"output": str(file.parent)} | given
+    args = resolved(parser, recipe, saved | given)
+    if "eval" in given and not is_checkpoint(content):
+        args.method = "baseline"  # only the plain network is in the file
+    elif not content and not given.keys() & {"overwrite", "table", "cost"} and run_files(args.output):
+        how = "continue it with --resume or " if (Path(args.output) / "last.pt").exists() else ""
+        raise UserError(f"{args.output} already holds a run: {how}replace it with --overwrite")
+    args.command = f"{launcher(parser.prog)} {shlex.join(argv)}".strip()
+    prepare_device(args.device)
+    return args, content
+
+
+def resolved(parser, recipe, given):
+    """All values of a run, with its name and its folder."""
+    defaults = dict(seed=0, data_dir="data", download=False, workers=2, amp=False) | recipe(given)
+    args = argparse.Namespace(**{action.dest: None for action in parser._actions} | defaults | given)
+    args.script, args.name = parser.prog, args.method
+    for key in (action.dest for action in parser._actions):
+        value = getattr(args, key)
+        if value != defaults.get(key) and key not in (*FREE, "dataset", "arch", "method", "seed"):
+            args.name += f"-{key.replace('_', '-')}" + ("" if value is True else text(value))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.output = args.output or "runs/" + f"{args.dataset}-{args.arch}-{args.name}-s{args.seed}".replace("/", "-")
+    return args
+
+
+def launcher(script):
+    """What starts a script as it was started: python train.py, or torchrun --nproc-per-node=2 train.py."""
+    script = shlex.quote(sys.argv[0] if Path(sys.argv[0]).name == script else script)
+    count = os.environ.get("LOCAL_WORLD_SIZE")
+    return f"torchrun --nproc-per-node={count} {script}" if count else f"python {script}"
+
+
+# ----------------------------------------------------------------------------------------- processes and devices
+
+
+def rank():
+    """The number of this process among those that train together; the first one, 0, alone prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def joined():
+    """Joins the processes that torchrun started, where it did: NCCL among GPUs, one each, gloo among CPUs."""
+    if not dist.is_torchelastic_launched():
+        sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+        if any(os.environ.get(size, "1") != "1" for size in sizes):
+            raise UserError("several processes were started, and each would train the same run: use torchrun")
+        yield
+        return
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local < gpus:
+        torch.cuda.set_device(local)
+    store, number_, count = next(rendezvous("env://"))
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it remembers the processes before
+    backend, patience = "cpu:gloo,cuda:nccl" if gpus else "gloo", timedelta(hours=12)  # one may fetch a data set
+    dist.init_process_group(backend, store=store, rank=number_, world_size=count, timeout=patience)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """One process of a machine fetches and unpacks data, the others find what it left."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if processes() > 1 and not first:
+        dist.barrier()
+    yield
+    if processes() > 1 and first:
+        dist.barrier()
+
+
+def all_reduced(tensor):
+    """The sum over all processes, in place."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share_buffers(net):
+    """Every process gets the first one's running statistics of batch norm, as DistributedDataParallel at a step."""
+    for buffer in net.buffers() if processes() > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
+def prepare_device(device):
+    """TF32 products and cuDNN's fastest convolutions on CUDA. UserError for a device that is not there."""
+    try:
+        torch.empty(1, device=device).add_(1)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)[:120]}") from None
+    if "cuda" in device:
+        torch.cuda.set_device(torch.device(device).index or torch.cuda.current_device())
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+
+
+def keep_freed_memory():
+    """Tells glibc, where it is the C library, to keep freed blocks, which changes no number.
+
+    It hands blocks above 32 MiB back to the system, and the next tensor pays a page fault for each 4 KiB: on a CPU up
+    to two thirds of a step's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 30) or mallopt(-4, 0)  # M_MMAP_THRESHOLD, in bytes; where that is too much, M_MMAP_MAX
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.amp)
+
+
+def parallel(method, args):
+    """The method on a batch, (x, y) -> terms, logits: under --amp, compiled, gradients averaged over processes."""
+    if processes() > 1:
+        method = DistributedDataParallel(method, [torch.cuda.current_device()] if "cuda" in args.device else None)
+    if args.compile:
+        method = torch.compile(method, backend=args.compile)
+
+    def forward(x, y):
+        with autocast(args):
+            return method(x, y)
+
+    return forward
+
+
+# -------------------------------------------------------------------------------------- the folder and the epochs
+
+
+class Run:
+    """A run's folder, and its epochs from the first one that the checkpoint does not hold."""
+
+    def __init__(self, args, method, optimizer, checkpoint=None):
+        self.args, self.method, self.optimizer, self.folder = args, method, optimizer, Path(args.output)
+        self.log = checkpoint["log"] if checkpoint else []
+        if checkpoint:
+            load_state(method, checkpoint["method"], f"the checkpoint does not fit {args.arch}, {args.method}")
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        elif rank() == 0:
+            for file in run_files(self.folder):
+                file.unlink()
+        if rank() == 0:
+            write_atomically(self.folder / "args.json", json.dumps(kept(args) | about(args), indent=1).encode())
+            self.write_log()
+
+    def epochs(self):
+        args = self.args
+        for epoch in range(len(self.log), args.epochs):
+            each = ("dropout", rank()) if rank() > 0 else ()  # dropout is each process's own
+            torch.manual_seed(seed_of(args.seed, epoch, *each))
+            for group in self.optimizer.param_groups:
+                group["lr"] = args.lr / 10 ** sum(epoch >= m for m in args.milestones)
+            if hasattr(self.method, "set_epoch"):
+                self.method.set_epoch(epoch, args.epochs)
+            yield epoch
+
+    def picture(self, name, epoch):
+        """Where this epoch's picture is to be drawn, None where none is asked for."""
+        asked = getattr(self.args, name) or []
+        wanted = epoch + 1 in (asked or [self.args.epochs]) and rank() == 0
+        return self.folder / (f"{name}-{epoch + 1}.png" if asked else f"{name}.png") if wanted else None
+
+    def end_of(self, epoch, meter, metrics):
+        """Log, then student.pt, then last.pt: a run killed between them repeats the epoch."""
+        means, state = meter.read(of_all=True), self.method.state_dict()
+        for name, value in [*state.items(), *metrics.items()]:
+            if not isinstance(value, dict) and not torch.as_tensor(value).isfinite().all():
+                raise NonFinite(f"{name} is not finite after epoch {epoch + 1}")
+        lr, rate = self.optimizer.param_groups[0]["lr"], meter.images / meter.seconds
+        self.log.append(dict(epoch=epoch + 1, lr=lr, **means, **metrics, images_per_s=rate, seconds=meter.seconds))
+        if rank() == 0:
+            self.write_log()
+            write_atomically(self.folder / "student.pt", frskd.export(self.method.student).state_dict())
+            checkpoint = dict(args=kept(self.args), method=state, optimizer=self.optimizer.state_dict(), log=self.log)
+            write_atomically(self.folder / "last.pt", checkpoint)
+            terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            print(f"{meter.title}  lr {lr:g}  {terms}  {results(metrics)}  {rate:.0f} images/s", flush=True)
+
+    def write_log(self):
+        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
+
+    def print_result(self, metric):
+        """The last line; a folder's says which split it was evaluated on."""
+        if rank() == 0:
+            a, last, best = self.args, self.log[-1], max(self.log, key=lambda entry: entry[metric])
+            split = f" on {a.test_name}" if a.dataset == "folder" else ""
+            best = f"best {best[metric]:.2f} at epoch {best['epoch']}"
+            print(f"{a.dataset} {a.arch} {a.name} seed {a.seed}: {results(last)} (last epoch{split}; {best})")
+
+
+def results(metrics):
+    """top-1 73.27 top-5 92.10"""
+    return " ".join(f"{name} {metrics[key]:.2f}" for key, name in METRICS.items() if key in metrics)
+
+
+class Meter:
+    """An epoch's batches under a progress bar, and the means of its terms over the images.
+
+    Sums stay on the device, in float32, and go to the host every 50 steps, the only synchronisation.
+    """
+
+    def __init__(self, loader, epoch, epochs):
+        self.loader, self.epoch, self.title = loader, epoch, f"epoch {epoch + 1}/{epochs}"
+        self.sums, self.totals, self.images, self.began = None, {}, 0, time.perf_counter()
+
+    def __iter__(self):
+        slow, silent = 0.1 if sys.stderr.isatty() else 5, rank() > 0  # seldom redrawn where it goes into a file
+        with tqdm(total=len(self.loader), desc=self.title, leave=False, mininterval=slow, disable=silent) as bar:
+            for step, batch in enumerate(self.loader.epoch(self.epoch), 1):
+                yield batch
+                if step % 50 == 0:
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in self.read().items()})
+                bar.update()
+
+    def update(self, terms, images):
+        """terms: {name: scalar}, means over `images`."""
+        values = images * torch.stack([t.detach().float() for t in terms.values()])
+        self.names, self.images = list(terms), self.images + images
+        self.sums = values if self.sums is None else self.sums + values
+
+    def read(self, of_all=False):
+        """-> mean of each term over the images so far, of_all: of all processes. Raises NonFinite."""
+        for name, value in zip(self.names, self.sums.tolist()) if self.sums is not None else ():
+            if not math.isfinite(value):
+                raise NonFinite(f"the term {name} is not finite in epoch {self.epoch + 1}")
+            self.totals[name] = self.totals.get(name, 0.0) + value
+        self.sums, totals = None, torch.tensor([*self.totals.values(), self.images], dtype=torch.float64)
+        if of_all:
+            self.seconds, self.images = time.perf_counter() - self.began, int(all_reduced(totals)[-1])
+        return {name: value / self.images for name, value in zip(self.totals, totals.tolist())}
+
+
+# --------------------------------------------------------------------------------------------- evaluation of a file
+
+
+class SelfTeacherNet(torch.nn.Module):
+    """The self-teacher as a network of its own: images -> its logits."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, x):
+        return self.method.teacher(self.method.student.features(x)[1])[0]
+
+
+def evaluated(args, method, content):
+    """Loads the file that --eval names into a method -> [(whose result it is, network), ...]."""
+    whole = is_checkpoint(content)
+    target, state = (method, content["method"]) if whole else (frskd.export(method.student), content)
+    load_state(target, state, f"{args.eval} does not fit {args.arch}")
+    networks = [(f"{args.dataset} {args.arch} {args.name} seed {args.seed}", method.student)]
+    return networks + [("its self-teacher", SelfTeacherNet(method))] * isinstance(method, frskd.FRSKD)
+
+
+def print_evaluation(args, name, metrics):
+    if not all(math.isfinite(value) for value in metrics.values() if not isinstance(value, dict)):
+        raise UserError(f"{args.eval}: a logit of a test image is not finite")
+    print(f"{name}: {results(metrics)} (on {args.test_name}, {args.eval})")
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def run_files(folder):
+    return [file for name in RUN_FILES for file in Path(folder).glob(name)]
+
+
+def kept(args):
+    """The values of a run, as args.json and last.pt hold them."""
+    return {key: value for key, value in vars(args).items() if key not in THIS_CALL}
+
+
+def describe(args, images):
+    """What a run says of its data. UserError where it was trained on other classes."""
+    known = getattr(args, "classes", None) or images.classes
+    if list(known) != list(images.classes):
+        raise UserError(f"the data has the classes {text(images.classes)[:80]}, the run {text(known)[:80]}")
+    args.classes, args.num_classes, args.test_name = list(images.classes), len(images.classes), images.test_name
+    args.train_images, args.test_images = len(images.train), len(images.test)
+    args.test_images_in_training = images.leaked
+    for line in images.notes:
+        note(args, line)
+
+
+def note(args, line):
+    if rank() == 0:
+        print(f"{args.script}: note: {line}", file=sys.stderr)
+
+
+def about(args):
+    """What args.json says beyond the values of a run."""
+    device = torch.cuda.get_device_name() if "cuda" in args.device else platform.machine()
+    found = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version(),
+                 device_name=device, threads=torch.get_num_threads(), processes=processes())  # fmt: skip
+    folder = Path(__file__).resolve().parent.parent
+    if (folder / ".git").exists():  # the project's own repository, not one that it was copied into
+        git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+def write_atomically(path, content):
+    """Bytes, or what torch.save takes, through another name: a reader finds the old content or the new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps that of a full disk
+        if not isinstance(cause, OSError):
+            raise
+        kept_ = "; the one from before is whole" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {cause.strerror}{kept_}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_file(path):
+    """A checkpoint or a state_dict, by weights_only: no code of a stranger runs."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except Exception as error:  # cut short, no zip file, a whole module or another foreign pickle: torch's text is long
+        raise UserError(f"{path} is no checkpoint or state_dict that can be read: {type(error).__name__}") from None
+
+
+def is_checkpoint(content):
+    return isinstance(content, dict) and {"args", "method", "optimizer", "log"} <= set(content)
+
+
+def load_weights(net, path):
+    load_state(net, load_file(path), f"{path} does not fit")
+
+
+def load_state(net, state, unfit):
+    """Weights, wrapped or with a wrapper's prefixes as others save them too; `unfit` begins the message of an error."""
+    for key in ("state_dict", "model", "net"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{unfit}: it holds no state_dict")
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    try:
+        net.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        own = net.state_dict()
+        has, wants = [key for key in state if key not in own], [key for key in own if key not in state]
+        keys = f"it has {(has or ['nothing'])[0]} where {(wants or ['nothing'])[0]} was looked for"
+        raise UserError(f"{unfit}: {keys if has or wants else one_line(error)[:200]}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- tables
+
+
+def read_runs(folder, script, metric):
+    """Finished runs in or below a folder, [(args, log, path), ...], and lines that say what was left out."""
+    found, left_out = [], []
+    for file in sorted([*Path(folder).glob("args.json"), *Path(folder).glob("*/args.json")]):
+        try:
+            args = json.loads(file.read_text())
+            log = [json.loads(line) for line in file.with_name("log.jsonl").read_text().splitlines()]
+            if args["script"] == script and len(log) < args["epochs"]:
+                left_out.append(f"{file.parent}: unfinished, {len(log)} of {args['epochs']} epochs")
+            elif args["script"] == script and [float(entry[metric]) for entry in log]:
+                found.append((args, log, file.parent))
+        except (OSError, ValueError, KeyError, TypeError):
+            left_out.append(f"{file.parent}: not a run that can be read")
+    return found, left_out
+
+
+def spread(values):
+    """73.27 ± 0.45; of one value 73.27"""
+    values = list(values)
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def print_table(folder, script, metric):
+    """Mean and standard deviation over seeds of the runs below a folder, in markdown, laid out as Table 1."""
+    (found, left_out), cells = read_runs(folder, script, metric), {}
+    for args, log, path in found:
+        source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
+        seeds = cells.setdefault(args["name"], {}).setdefault(f"{args['dataset']}{source} {args['arch']}", {})
+        if args["seed"] in seeds:
+            left_out.append(f"{path}: seed {args['seed']} again")
+        seeds.setdefault(args["seed"], (log[-1][metric], max(entry[metric] for entry in log)))
+    if not found and not left_out:
+        raise UserError(f"--table {folder}: no run of {script} in or below this folder (a run has an args.json)")
+    columns, rows = sorted({column for row in cells.values() for column in row}), []
+    for name, row in sorted(cells.items()):
+        spreads = {column: [*map(spread, zip(*seeds.values())), len(seeds)] for column, seeds in row.items()}
+        rows.append([name, *("{} ({}), n = {}".format(*spreads[c]) if c in spreads else "" for c in columns)])
+    print(f"{METRICS[metric]} in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
+    print(tabulate(rows, ["method", *columns], tablefmt="github"))
+    if left_out:
+        print("\nNot averaged:", *left_out, sep="\n- ")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+def explain(error):
+    """What to do about an error, in one line, and the exit status; None for a bug, whose traceback is wanted."""
+    said = one_line(error)
+    if isinstance(error, NonFinite):
+        return f"{said}; last.pt, where there is one, is of the epoch before", 1
+    if isinstance(error, (UserError, OSError)):  # also no permission, a disk that is full or gone
+        return said, 2
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said:
+        return f"out of memory: take a smaller --batch-size, --image-size or network ({said[:100]})", 2
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile: {said[:300]}", 2
+    for cause, advice, status in (
+        ("shared memory", "shared memory (/dev/shm) is too small: enlarge it, or take --workers 0", 2),
+        ("DataLoader worker", "a worker is gone, perhaps killed for want of memory: fewer --workers need less", 1),
+        ("more than 1 value per channel", "batch norm cannot normalise one value a channel: take a larger "
+         "--batch-size or --image-size", 2),
+        ("gloo", "another process is gone", 1),
+    ):  # fmt: skip
+        if cause in said:
+            return advice, status
+
+
+def command(main):
+    """main(argv) with an exit status: 0, 1 a number that is not finite or a process that is gone, 2 what the user can
+    mend, in one line, 130 Ctrl-C, 141 a reader that is gone, 143 SIGTERM."""
+
+    def terminate(*_):
+        raise Terminated
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        script, words = Path(main.__globals__["__file__"]).name, list(map(str, sys.argv[1:] if argv is None else argv))
+        for name in ("stdout", "stderr"):  # None where it was closed at the start; or of an ASCII terminal
+            setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+            getattr(getattr(sys, name), "reconfigure", lambda **_: None)(errors="replace")
+        main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+        keep_freed_memory()
+        try:
+            with joined():
+                main(argv)
+                sys.stdout.flush()  # here, where a closed pipe is caught
+            return 0
+        except BrokenPipeError:  # of | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed
+            return 141
+        except KeyboardInterrupt as stop:
+            words = [word for word in words if word != "--overwrite"]
+            words += [] if any(word.startswith("--resume") for word in words) else ["--resume"]
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"{script}: stopped; continue with: {launcher(script)} {shlex.join(words)}", file=sys.stderr)
+            return 143 if isinstance(stop, Terminated) else 130
+        except Exception as error:
+            if (explained := explain(error)) is None:
+                raise
+            print(f"{script}: error: {explained[0]}", file=sys.stderr)
+            return explained[1]
+        finally:
+            if main_thread:
+                signal.signal(signal.SIGTERM, before)
+
+    return wrapped
