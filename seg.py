@@ -63,6 +63,8 @@ def train(args, checkpoint):
             figures.draw_predictions(picture, method, test_loader, images.classes)
         run.end_of(epoch, meter, metrics)  # log, student.pt, last.pt
     run.print_result("miou")
+    if runs.rank() == 0:
+        figures.draw_curves(run.folder / "curves.png", [(vars(args), run.log, run.folder)])
 
 
 @torch.no_grad()
@@ -417,7 +419,9 @@ def print_cost():
 def main(argv=None):
     args, checkpoint = runs.options(parser(), recipe, argv)  # recipe < checkpoint < command line
     if args.table:
-        runs.print_table(args.table, "seg.py", "miou")
+        found = runs.print_table(args.table, "seg.py", "miou")
+        if args.curves:
+            figures.draw_curves(args.curves, found)
     elif args.cost:
         print_cost()
     elif args.eval:

@@ -70,6 +70,8 @@ def train(args, checkpoint):
             figures.draw_attention(picture, method, test_loader, images.classes)
         run.end_of(epoch, meter, metrics)  # log, student.pt, last.pt
     run.print_result("top1")
+    if runs.rank() == 0:
+        figures.draw_curves(run.folder / "curves.png", [(vars(args), run.log, run.folder)])
 
 
 def accuracy(logits, y):
@@ -308,7 +310,9 @@ def print_cost(args):
 def main(argv=None):
     args, checkpoint = runs.options(parser(), recipe, argv)  # recipe < checkpoint < command line
     if args.table:
-        runs.print_table(args.table, "train.py", "top1")
+        found = runs.print_table(args.table, "train.py", "top1")
+        if args.curves:
+            figures.draw_curves(args.curves, found)
     elif args.cost:
         print_cost(args)
     elif args.eval:

@@ -108,7 +108,8 @@ def draw_curves(path, found):
         source = f" ({args['data_dir']})" if args["dataset"] == "folder" else ""
         logs.setdefault(f"{args['dataset']}{source} {args['arch']} {args['name']}", []).append(log)
     metric = next(key for key in runs.METRICS if key in found[0][1][0])
-    terms = list(dict.fromkeys(key for _, log, _ in found for key in log[0] if key not in NO_TERMS))
+    keys = [key for _, log, _ in found for entry in log for key in entry if key not in NO_TERMS]
+    terms = list(dict.fromkeys(keys))  # some begin after a warm-up
     rows = [(terms[i : i + 4] + 3 * ["."])[:4] for i in range(0, len(terms), 4)]  # "." is an empty place
     figure = Figure((8, 3 + 2 * len(rows)), layout="constrained")
     axes = figure.subplot_mosaic([[metric] * 4, *rows], height_ratios=[1.5] + [1] * len(rows))
@@ -118,12 +119,13 @@ def draw_curves(path, found):
         look = dict(color=PALETTE[1:][k % 9], linestyle=["-", "--", "-.", ":"][(k // 9 + k % 9 // 4) % 4])
         lines.append(Line2D([], [], **look, label=name + (f", mean of {len(seeds)}" if len(seeds) > 1 else "")))
         for key, ax in axes.items():
-            curves = [[entry[key] for entry in log] for log in seeds if key in log[0]]
-            means = [list(map(fmean, zip(*curves)))] if len(curves) > 1 else []
+            curves = [[(entry["epoch"], entry[key]) for entry in log if key in entry] for log in seeds]
+            curves = [curve for curve in curves if curve]
+            means = [[(at[0][0], fmean(v for _, v in at)) for at in zip(*curves)]] if len(curves) > 1 else []
             for curve in curves + means:
                 width = 1.2 if not means else 1.8 if curve is means[0] else 0.6
                 marker = "." if len(curve) < 10 else None
-                ax.plot(range(1, len(curve) + 1), curve, **look, linewidth=width, marker=marker)
+                ax.plot(*zip(*curve), **look, linewidth=width, marker=marker)
     for key, ax in axes.items():
         ax.set_title(f"{runs.METRICS[key]} in percent" if key == metric else f"loss: {key}")
         ax.set(xlabel="epoch", xlim=(0.5, max(len(log) for _, log, _ in found) + 0.5))

@@ -125,6 +125,7 @@ def add_run_options(parser, picture):
     g = parser.add_argument_group("instead of training")
     g.add_argument("--eval", type=path, metavar="FILE", help=f"evaluate a last.pt or student.pt; --{picture} draws too")
     g.add_argument("--table", type=path, metavar="DIR", help="print the results of the runs below a folder")
+    g.add_argument("--curves", type=path, metavar="FILE", help="with --table: draw the course of these runs too")
     g.add_argument("--cost", help="print parameters and FLOPs of network and self-teacher", **FLAG)
     g.add_argument("-h", "--help", help="show this message", **FLAG)
 
@@ -587,8 +588,8 @@ def print_table(folder, script, metric):
         if args["seed"] in seeds:
             left_out.append(f"{path}: seed {args['seed']} again")
         seeds.setdefault(args["seed"], (log[-1][metric], max(entry[metric] for entry in log)))
-    if not found and not left_out:
-        raise UserError(f"--table {folder}: no run of {script} in or below this folder (a run has an args.json)")
+    if not found:
+        raise UserError(f"--table {folder}: no finished run of {script} in or below it; {'; '.join(left_out)}".strip("; "))
     columns, rows = sorted({column for row in cells.values() for column in row}), []
     for name, row in sorted(cells.items()):
         spreads = {column: [*map(spread, zip(*seeds.values())), len(seeds)] for column, seeds in row.items()}
@@ -597,6 +598,7 @@ def print_table(folder, script, metric):
     print(tabulate(rows, ["method", *columns], tablefmt="github"))
     if left_out:
         print("\nNot averaged:", *left_out, sep="\n- ")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -1,0 +1,353 @@
+"""The official archives as they unpack, as tiny trees of their layout."""
+
+import functools
+import hashlib
+import http.server
+import shutil
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import imagenet, voc
+
+from conftest import voc_tree
+from experiments import archives
+from experiments.archives import OFFICIAL, UserError
+
+
+def picture(path, mode="RGB", kind="JPEG"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (18, 20)).save(path, format=kind)
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode())
+
+
+# Each writes a tree below root -> its folder, and what is read from it: [path, ...] of the training and test images,
+# sorted by class; file names that begin with "._" are a Mac's.
+
+
+def tinyimagenet_tree(root):
+    root = root / "tiny-imagenet-200"
+    write(root / "wnids.txt", "n02\nn01\n")  # not sorted
+    train = [f"train/{wnid}/images/{wnid}_{n}.JPEG" for wnid in ("n01", "n02") for n in (0, 10, 2)]
+    write(root / "val/val_annotations.txt", "val_0.JPEG\tn02\t0\t32\t44\t62\nval_1.JPEG\tn01\t0\t0\t5\t5\n")
+    test = ["val/images/val_1.JPEG", "val/images/val_0.JPEG"]
+    for name in (*train, *test, "test/images/test_0.JPEG", "train/n01/images/._n01_0.JPEG"):
+        picture(root / name)
+    return root, train, test
+
+
+def cub200_tree(root):
+    root = root / "CUB_200_2011"
+    black, laysan = "001.Black_footed_Albatross", "002.Laysan_Albatross"
+    paths = [f"{black}/b_18.jpg", f"{black}/b_0.jpg", f"{laysan}/l_7.jpg", f"{laysan}/l_5.jpg", f"{black}/b_1.jpg"]
+    write(root / "images.txt", "".join(f"{i} {path}\n" for i, path in enumerate(paths, 1)))
+    write(root / "image_class_labels.txt", "5 1\n1 1\n2 1\n3 2\n4 2\n")  # in another order: joined on the number
+    write(root / "train_test_split.txt", "1 1\n2 1\n3 1\n4 0\n5 0\n")
+    write(root / "classes.txt", f"1 {black}\n2 {laysan}\n")
+    paths = [f"images/{path}" for path in paths]
+    for path in paths:
+        picture(root / path)
+    return root, [paths[1], paths[0], paths[2]], [paths[4], paths[3]]
+
+
+def mit67_tree(root):
+    train = ["mall/a_gif.jpg", "mall/shopping mall.jpg", "nursery/baby's_room.jpg.jpg"]
+    test = ["mall/food court.jpg", "nursery/n1.jpg"]
+    write(root / "TrainImages.txt", "\ufeff" + "\n".join(train[::-1]))  # a byte-order mark; no newline at the end
+    write(root / "TestImages.txt", "\n".join(test))
+    for name in (*train, *test, "mall/IN_NO_LIST.JPG"):
+        picture(root / "Images" / name, kind="GIF" if "gif" in name else "JPEG")
+    return root, *([f"Images/{name}" for name in names] for names in (train, test))
+
+
+def stanford40_tree(root):
+    train = ["writing_on_a_board_001.jpg", "writing_on_a_book_001.jpg", "writing_on_a_book_002.jpg"]
+    test = ["writing_on_a_board_002.jpg", "writing_on_a_book_003.jpg"]
+    for split, names in (("train", train), ("test", test)):
+        write(root / f"ImageSplits/{split}.txt", "\r\n".join(names) + "\r\n")
+    for name in train + test:
+        picture(root / "JPEGImages" / name)
+    return root, *([f"JPEGImages/{name}" for name in names] for names in (train, test))
+
+
+def dogs_tree(root):
+    tan, terrier = "n02089078-black-and-tan_coonhound", "n02095314-wire-haired_fox_terrier"
+    train = [f"{tan}/n02089078_1.jpg", f"{tan}/n02089078_22.jpg", f"{terrier}/n02095314_3.jpg"]
+    test = [f"{tan}/n02089078_4.jpg", f"{terrier}/n02095314_5.jpg"]
+    for name in train + test:
+        picture(root / "Images" / name)
+    for split, names in (("train", train), ("test", test)):
+        savemat(root / f"{split}_list.mat", {"file_list": np.array(names, dtype=object)[:, None]}, do_compression=True)
+    return root, *([f"Images/{name}" for name in names] for names in (train, test))
+
+
+def imagenet_tree(root):
+    train = ["n01440764/n01440764_1.JPEG", "n01440764/n01440764_2.JPEG", "n02105855/n02105855_2933.JPEG"]
+    test = ["n01440764/ILSVRC2012_val_00000002.JPEG", "n02105855/ILSVRC2012_val_00000001.JPEG"]
+    train, test = [f"train/{name}" for name in train], [f"val/{name}" for name in test]
+    for name in (*train, *test, "train/.ipynb_checkpoints/a.JPEG", "val/n01440764/._a.JPEG", "val/__MACOSX/a.JPEG"):
+        picture(root / name)
+    return root, train, test
+
+
+TREES = dict(tinyimagenet=tinyimagenet_tree, cub200=cub200_tree, mit67=mit67_tree, stanford40=stanford40_tree,
+             dogs=dogs_tree, imagenet=imagenet_tree)  # fmt: skip
+
+
+@pytest.fixture(params=TREES)
+def tree(request, tmp_path, monkeypatch):
+    """(data set, --data-dir, its folder, its images), with the tree's counts for the published ones."""
+    dataset = request.param
+    folder, train, test = TREES[dataset](tmp_path / "data")
+    monkeypatch.setattr(OFFICIAL[dataset], "counts", (2, len(train), len(test)))
+    return dataset, tmp_path / "data", folder, dict(train=train, test=test)
+
+
+def only(dataset):
+    return pytest.mark.parametrize("tree", [dataset], indirect=True)
+
+
+def names(splits, folder):
+    return {split: [Path(p).relative_to(folder).as_posix() for p, _ in samples] for split, samples in splits.items()}
+
+
+def test_official_data_sets_have_their_published_sizes():
+    """Classes, training and test images."""
+    assert {name: official.counts for name, official in OFFICIAL.items()} == {
+        "tinyimagenet": (200, 100000, 10000),
+        "cub200": (200, 5994, 5794),
+        "mit67": (67, 5360, 1340),
+        "stanford40": (40, 4000, 5532),
+        "dogs": (120, 12000, 8580),
+        "imagenet": (1000, 1281167, 50000),
+    }
+
+
+def test_archives_are_read_as_they_unpack(tree, tmp_path):
+    """From the folder into which they were unpacked, their own, or one named as the set; without hidden files."""
+    dataset, root, folder, images = tree
+    for place in (root, folder):
+        splits = archives.read(dataset, place)
+        assert names(splits, folder) == images
+    assert [name for _, name in splits["train"]] == sorted(name for _, name in splits["train"])
+    own = tmp_path / "below" / OFFICIAL[dataset].folder
+    shutil.copytree(folder, own)
+    assert names(archives.read(dataset, tmp_path / "below"), own) == images
+
+
+@only("tinyimagenet")
+@pytest.mark.parametrize("place", ["{}/{}", "{}/images/{}"])
+def test_tinyimagenet_is_read_where_val_was_sorted_into_class_folders(tree, place):
+    _, root, folder, images = tree
+    for wnid, name in zip(("n01", "n02"), images["test"]):
+        target = folder / "val" / place.format(wnid, Path(name).name)
+        target.parent.mkdir(parents=True)
+        (folder / name).rename(target)
+    assert [Path(path).name for path, _ in archives.read("tinyimagenet", root)["test"]] == ["val_1.JPEG", "val_0.JPEG"]
+
+
+@only("dogs")
+def test_dogs_lists_may_lie_in_a_folder_of_their_own(tree):
+    _, root, folder, images = tree
+    (root / "lists").mkdir()
+    for path in root.glob("*.mat"):
+        path.rename(root / "lists" / path.name)
+    assert names(archives.read("dogs", root), folder) == images
+
+
+@pytest.mark.parametrize("what, message", [("an image", "missing, first|training and"), ("a list", "is not whole")])
+def test_an_archive_that_is_not_whole_is_refused_with_what_to_do(tree, what, message):
+    dataset, root, folder, images = tree
+    lists = [path for path in sorted(folder.rglob("*")) if path.suffix in (".txt", ".mat")]
+    gone = folder / images["train"][0] if what == "an image" or not lists else lists[-1]
+    gone.unlink()
+    with pytest.raises(UserError, match=message) as error:
+        archives.read(dataset, root)
+    line = str(error.value)
+    assert OFFICIAL[dataset].title in line and str(folder) in line and "\n" not in line
+    assert ("--dataset folder" if dataset == "imagenet" else f"{OFFICIAL[dataset].archives[0][0]}") in line
+
+
+@only("cub200")
+def test_a_list_cut_short_is_refused(tree):
+    _, root, folder, _ = tree
+    write(folder / "train_test_split.txt", "1 1\n2 1\n3 1\n4 0\n")
+    with pytest.raises(UserError, match="CUB-200-2011 in .* is not whole"):
+        archives.read("cub200", root)
+
+
+@only("imagenet")
+def test_a_flat_val_and_another_number_of_classes_are_told_of_dataset_folder(tree, monkeypatch):
+    _, root, folder, _ = tree
+    monkeypatch.setattr(OFFICIAL["imagenet"], "counts", (1000, 1281167, 50000))
+    with pytest.raises(UserError, match="2 classes, 3 training and 2 test images, not 1,000.*--dataset folder"):
+        archives.read("imagenet", root)
+    shutil.rmtree(folder / "val")
+    picture(folder / "val/ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(UserError, match="val has no class folders.*--dataset folder"):
+        archives.read("imagenet", root)
+
+
+@only("imagenet")
+def test_imagenet_is_unpacked_from_its_archives(tree, tmp_path, monkeypatch):
+    """train: a tar of one tar a class; val: a flat tar, whose labels are in the devkit, which meta.bin stands for."""
+    _, _, folder, images = tree
+    root = tmp_path / "packed"
+    root.mkdir()
+    for wnid in ("n01440764", "n02105855"):
+        pack(tmp_path / f"{wnid}.tar", folder / "train" / wnid, "n*")
+    pack(root / "ILSVRC2012_img_train.tar", tmp_path, "n*.tar")
+    pack(root / "ILSVRC2012_img_val.tar", folder / "val", "*/ILSVRC*")
+    wnids = {"n01440764": ("tench",), "n02105855": ("Shetland sheepdog",)}
+    torch.save((wnids, ["n02105855", "n01440764"]), root / "meta.bin")  # of val images 1 and 2
+    sums = {k: (file, md5(root / file)) for k, (file, _) in imagenet.ARCHIVE_META.items() if k != "devkit"}
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", sums)
+    assert names(archives.read("imagenet", root), root) == images
+    shutil.rmtree(root / "val")
+    (root / "ILSVRC2012_img_val.tar").write_bytes(b"half")
+    with pytest.raises(UserError, match="ILSVRC2012_img_val.tar is not present in the root directory or is corrupted"):
+        archives.read("imagenet", root)
+
+
+# ---------------------------------------------------------------------------------------- downloads and unpacking
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def pack(archive, folder, pattern="*"):
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(folder.glob(pattern)):
+            tar.add(path, path.name)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(a folder, its address on localhost)."""
+    (tmp_path / "served").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@only("cub200")
+def test_download_fetches_verifies_and_unpacks(tree, tmp_path, served, monkeypatch):
+    """Refused where it is absent or its checksum differs; repaired from the archive that stays in --data-dir."""
+    _, root, folder, images = tree
+    where, address = served
+    pack(where / "CUB_200_2011.tgz", root)
+    good, data = md5(where / "CUB_200_2011.tgz"), tmp_path / "new"
+    for url, checksum, message in (
+        (f"{address}/absent.tgz", good, f"cannot fetch {address}/absent.tgz into {data}: HTTPError: HTTP Error 404"),
+        (f"{address}/CUB_200_2011.tgz", "0" * 32, f"cannot fetch .* into {data}: RuntimeError: .*corrupted"),
+    ):
+        monkeypatch.setattr(OFFICIAL["cub200"], "archives", ((url, checksum),))
+        with pytest.raises(UserError, match=message):
+            archives.read("cub200", data, download=True)
+        assert not (data / "CUB_200_2011").exists() and not (data / "CUB_200_2011.tgz").exists()
+    monkeypatch.setattr(OFFICIAL["cub200"], "archives", ((url, good),))
+    assert names(archives.read("cub200", data, download=True), data / "CUB_200_2011") == images
+    shutil.rmtree(where)
+    shutil.rmtree(data / "CUB_200_2011/images")
+    monkeypatch.chdir(data / "CUB_200_2011")
+    assert names(archives.read("cub200", Path("."), download=True), ".") == images  # unpacked beside itself
+    assert [path.name for path in data.iterdir() if path.is_file()] == ["CUB_200_2011.tgz"]
+
+
+@only("stanford40")
+def test_a_download_without_a_checksum_that_is_cut_short_is_fetched_again(tree, tmp_path, served, monkeypatch):
+    _, root, _, images = tree
+    where, address = served
+    for name in ("JPEGImages", "ImageSplits"):
+        shutil.make_archive(where / name, "zip", root, name)
+    urls = tuple((f"{address}/{name}.zip", None) for name in ("JPEGImages", "ImageSplits"))
+    monkeypatch.setattr(OFFICIAL["stanford40"], "archives", urls)
+    whole = (where / "JPEGImages.zip").read_bytes()
+    (where / "JPEGImages.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot fetch .*JPEGImages.zip"):
+        archives.read("stanford40", tmp_path / "new", download=True)
+    (where / "JPEGImages.zip").write_bytes(whole)
+    own = tmp_path / "new/stanford40"
+    assert names(archives.read("stanford40", tmp_path / "new", download=True), own) == images
+
+
+@pytest.mark.parametrize("python", ["with the filter", "without"])
+@pytest.mark.parametrize("member", ["../outside", "{}/outside", "link/outside"])
+def test_nothing_is_unpacked_outside_the_folder(tmp_path, monkeypatch, python, member):
+    """A member that climbs out, of an absolute path, or through a link; Python 3.10.0 and 3.11.2 have no filter."""
+    if python == "without":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    archive, folder = tmp_path / "hostile.tar", tmp_path / "folder"
+    folder.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        tar.addfile(tarfile.TarInfo("first"))
+        if member.startswith("link"):
+            link = tarfile.TarInfo("link")
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(link)
+        tar.addfile(tarfile.TarInfo(member.format(tmp_path)))
+    try:
+        archives.unpack(archive, folder)
+    except (UserError, tarfile.TarError) as error:
+        assert python == "with the filter" or "hostile.tar" in str(error)
+    assert not (tmp_path / "outside").exists()
+    assert python == "with the filter" or not any(folder.iterdir())
+    with zipfile.ZipFile(tmp_path / "hostile.zip", "w") as members:
+        members.writestr("../outside", "")
+    archives.unpack(tmp_path / "hostile.zip", folder)
+    assert not (tmp_path / "outside").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ VOC's lists
+
+
+def test_lists_of_voc_are_read_from_the_devkit_or_the_folder_that_holds_it(tmp_path, monkeypatch):
+    voc_tree(tmp_path)
+    read = [archives.voc_lists(root) for root in (tmp_path, tmp_path / "VOCdevkit")]
+    monkeypatch.chdir(tmp_path / "VOCdevkit")
+    assert read[0] == read[1] and [list(part) for part in archives.voc_lists(Path("."))] == [
+        ["000032", "000039"], ["2008_000001", "2007_000032", "2007_000121", "000175", "2007_009999"],
+        ["000121", "000175"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "gone, archive",
+    [
+        ("VOC2012/ImageSets/Segmentation/trainval.txt", "VOCtrainval_11-May-2012.tar"),
+        ("VOC2007/SegmentationClass/000175.png", "VOCtest_06-Nov-2007.tar"),
+        ("VOC2007/JPEGImages/000039.jpg", "VOCtrainval_06-Nov-2007.tar"),
+    ],
+)
+def test_a_voc_that_is_not_whole_is_refused_with_its_archive(tmp_path, gone, archive):
+    path = voc_tree(tmp_path) / "VOCdevkit" / gone
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path}.*{archive} into {tmp_path}, or pass --download"):
+        archives.voc_lists(tmp_path)
+
+
+def test_download_of_voc_fetches_what_is_missing(tmp_path, served, monkeypatch):
+    """The test archive alone: it merges with what is there."""
+    where, address = served
+    pack(where / "VOCtest.tar", voc_tree(tmp_path))
+    archive = dict(url=f"{address}/VOCtest.tar", md5=md5(where / "VOCtest.tar"))
+    monkeypatch.setitem(voc.DATASET_YEAR_DICT, "2007-test", archive)
+    (tmp_path / "VOCdevkit/VOC2007/JPEGImages/000175.jpg").unlink()
+    assert len(archives.voc_lists(tmp_path, download=True)[2]) == 2
