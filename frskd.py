@@ -29,7 +29,7 @@ def conv_bn_relu(c_in, c_out):
 
 
 class Node(nn.Module):
-    """A node of Eq. 2, relu(Conv(sum_k w_k x_k / (sum_k w_k + eps))): K maps (B, d, H, W) -> (B, d, H, W).
+    """A node of Eq. 2, relu(Conv(sum_k w_k x_k / (sum_k w_k + eps))): maps x_k (B, d, H, W) -> (B, d, H, W).
     Fast normalised fusion, w_k >= 0. Conv is `depth` times [3x3 depthwise, 1x1, batch norm], ReLU between.
     Paper vs code: the paper has "a depth-wise convolution"; two are the authors', and the cost in Table 6. It gives no
     eps: 1e-4 is EfficientDet's, the authors have 1e-6.
@@ -79,7 +79,7 @@ class Resize(nn.Module):
         if self.conv is None:
             return resize(x, size, self.mode)
         conv, bn, relu = self.conv
-        up = size[0] > x.shape[-2]
+        up = size[0] > x.shape[-2] or size[1] > x.shape[-1]
         return relu(bn(resize(conv(x), size, self.mode) if up else conv(resize(x, size))))
 
 
@@ -178,8 +178,9 @@ class FRSKD(nn.Module):
     def __init__(self, student, teacher, *, alpha=2.0, beta=100.0, temperature=4.0,
                  feature_loss=attention_transfer, criterion=F.cross_entropy):  # fmt: skip
         super().__init__()
-        if not hasattr(student, "channels"):
-            raise TypeError(f"{type(student).__name__} has no features(x) and channels: wrap it in Adapter or Timm")
+        given, read = getattr(student, "channels", None), getattr(teacher, "channels", None)
+        if given is None or list(given) != list(read or given):
+            raise TypeError(f"channels {given} and the teacher's {read}: wrap a plain network in Adapter or Timm")
         self.student, self.teacher, self.feature_loss, self.criterion = student, teacher, feature_loss, criterion
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
@@ -218,8 +219,8 @@ def aggregate(joint):
 
 class FRSKDSLA(FRSKD):
     """FRSKD+SLA: with SLA-SD, the paper's [18], on both networks.
-    A second head on each network tells class and rotation at once, 4 num_classes joint classes; the mean over the four
-    views, g, is a better soft label, and teaches the plain head. z, g: plain and aggregated logits of student, teacher.
+    A second head on each network tells class and rotation at once, 4 num_classes joint classes; g, the mean over the
+    four views, is a better soft label than the plain head's z, and teaches it.
       ce, ce_t              criterion of z, z_t                                   mean over B
       ce_joint, ce_joint_t  cross-entropy of the joint heads                      mean over the 4 B views
       kd_joint, kd_joint_t  L_KD(z, g), L_KD(z_t, g_t), weight 1                  g detached
@@ -346,9 +347,11 @@ wrn16_2 = functools.partial(WideResNet, 16, 2)  # (num_classes)
 def evaluation_mode(net):
     """net.eval() inside; afterwards each module in the mode that it was in, frozen batch norms too."""
     modes = {module: module.training for module in net.modules()}
-    yield net.eval()
-    for module, training in modes.items():
-        module.training = training
+    try:
+        yield net.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def run_with(net, blocks, x):
@@ -368,16 +371,15 @@ class Adapter(nn.Module):
     """Gives any image classifier `features`, by the names of its blocks (as in net.named_modules()).
     F_i is the output of blocks[i] as it is: name blocks whose output is what the next layer reads. example: a batch of
     your images (B, 3, H, W), one is enough; it passes through once, in evaluation mode, to learn the channels.
-    features: x -> net(x), logits (B, num_classes); feats, len(blocks) maps (B, c_i, H_i, W_i). ValueError where the
-    blocks give no such maps, TypeError for a network that is wrapped already.
+    features: x -> logits (B, num_classes), maps (B, c_i, H_i, W_i). ValueError where the blocks give no such maps.
     """
 
     def __init__(self, net, blocks, example):
         super().__init__()
         self.net, self.blocks, modules = net, list(blocks), dict(net.named_modules())
         if any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in modules.values()):
-            raise TypeError("put DataParallel and DistributedDataParallel around the method, not around the network")
-        names = [name for name in modules if name in blocks or (name and name.count(".") < 2)]
+            raise TypeError("put DistributedDataParallel around the method, not the network; take no DataParallel")
+        names = [name for name in modules if name in self.blocks or (name and name.count(".") < 2)]
         with evaluation_mode(net), torch.no_grad():
             logits, ran = run_with(net, names, example.to(next(net.parameters(), example)))
         maps = [(name, out) for name, out in ran if name in self.blocks]
@@ -389,16 +391,19 @@ class Adapter(nn.Module):
     def fault(self, logits, maps, height, width):
         """What is wrong with a pass, in words; None where nothing is."""
         if not torch.is_tensor(logits):
-            return f"the network returns {type(logits).__name__}, not logits (auxiliary heads? aux_logits=False)"
+            return f"the network returns {type(logits).__name__}, not a tensor of logits (aux_logits=False helps some)"
         if [name for name, _ in maps] != self.blocks or not maps:
             return (f"of the blocks {self.blocks} ran {[name for name, _ in maps]}: name each once, in this order; "
-                    "compile, checkpoint or replicate the method, not the network")  # fmt: skip
+                    "compile the method, not the network; DistributedDataParallel, not DataParallel")  # fmt: skip
         for name, out in maps:
             if not torch.is_tensor(out) or out.ndim != 4:
                 return f"the output of {name} is no (B, C, H, W) map"
             a, b, c = out.shape[1:]  # which two of them have the image's aspect ratio, to a pixel?
             if max(height, width, abs(a * width - b * height)) < abs(b * width - c * height):
                 return f"the output of {name} is (B, H, W, C): permute it, or take Timm"
+            trained = any(p.requires_grad for p in self.net.get_submodule(name).parameters())
+            if trained and logits.requires_grad and not out.requires_grad:
+                return f"the output of {name} has no gradient: checkpoint with use_reentrant=False"
 
     def features(self, x):
         logits, maps = run_with(self.net, self.blocks, x)
@@ -419,14 +424,13 @@ class Timm(nn.Module):
     def __init__(self, net, indices=4, example=None):
         super().__init__()
         self.net, self.indices = net, indices
-        example = torch.randn(1, *net.default_cfg["input_size"]) if example is None else example
-        example = example.to(next(net.parameters()))
         with evaluation_mode(net), torch.no_grad():
             try:
-                logits, feats = self.features(example)
-                same = torch.allclose(logits, net(example), rtol=1e-3, atol=1e-3)
-            except (AttributeError, AssertionError) as error:  # timm's own: no such method, no such indices
-                raise ValueError(f"{type(net).__name__} has no maps {indices}: {error}") from None
+                example = torch.randn(1, *net.default_cfg["input_size"]) if example is None else example
+                logits, feats = self.features(example.to(next(net.parameters())))
+                same = torch.allclose(logits, net(example.to(logits)), rtol=1e-3, atol=1e-3)
+            except (AttributeError, AssertionError, RuntimeError) as error:  # not of timm; so many maps; such images
+                raise ValueError(f"{type(net).__name__} has no maps {indices} (example=images?): {error}") from error
         if not same:
             raise ValueError(f"{type(net).__name__} is more than forward_intermediates, forward_head: take Adapter")
         self.channels = [f.shape[1] for f in feats]
@@ -448,7 +452,6 @@ def export(student):
 def cost(module, *inputs):
     """Parameters and FLOPs of a forward pass at rest, by fvcore; a FLOP is a multiply-add, as in Table 6."""
     from fvcore.nn import FlopCountAnalysis
-
     with evaluation_mode(module):
         flops = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return sum(p.numel() for p in module.parameters()), flops.total()
@@ -456,18 +459,15 @@ def cost(module, *inputs):
 
 def table6():
     """Rows (type, deepest width, parameters, FLOPs in the paper's order, FLOPs executed), over those of WRN-16-2."""
-    student, x, rows = wrn16_2(100), torch.zeros(1, 3, 32, 32), []
-    params, flops = cost(student, x)
-    with evaluation_mode(student), torch.no_grad():
-        _, feats = student.features(x)
+    student, x, rows = wrn16_2(100).eval(), torch.zeros(1, 3, 32, 32), []
+    (params, flops), (_, feats) = cost(student, x), student.features(x)
     positions = [f[0, 0].numel() for f in feats]
     for build, size in ((BiFPN, 128), (BiFPN, 256), (BiFPNc, 1), (BiFPNc, 2)):
         teacher = build(student.channels, 100, size)
         params_t, executed = cost(teacher, feats)
         pairs = zip(teacher.dims, teacher.dims[1:], positions, positions[1:])
         saved = sum(d * e * (p - q) + 4 * (e - d) * p for d, e, p, q in pairs if d != e)  # 1x1s before bilinear
-        ratios = params_t / params, (executed + saved) / flops, executed / flops
-        rows.append((build.__name__, teacher.dims[-1], *ratios))
+        rows.append((build.__name__, teacher.dims[-1], params_t / params, (executed + saved) / flops, executed / flops))
     return rows
 
 

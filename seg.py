@@ -121,7 +121,6 @@ class Node(frskd.Node):
 
 class BiFPNLayer(nn.Module):
     """One BiFPN layer of EfficientDet: n maps (B, dim, H_i, W_i), shallow to deep -> n maps of the same shapes.
-
     P_n = L_n,  P_i = Node(L_i, Resize(P_{i+1}))                      top-down
     T_1 = P_1,  T_i = Node(L_i, P_i, Resize(T_{i-1}))                 bottom-up, T_n without P_n
 
@@ -162,7 +161,6 @@ def resized(logits, size):
 
 class EfficientDet(nn.Module):
     """The student: EfficientNet up to its last stage, levels P2..P7, three BiFPN layers, a head on P2.
-
     forward: (B, 3, H, W) -> logits (B, num_classes, H, W), float32; features: -> logits, feats, the 6 maps
     (B, dim, H / 2^i, W / 2^i), i = 2..7, sizes rounded up, that the self-teacher reads, the head P2 alone. So the last
     layer's bottom-up path learns from the self-teacher's losses, and nothing in the baseline. arch: d0 or d1.
@@ -203,7 +201,6 @@ class EfficientDet(nn.Module):
 
 class SelfTeacher(nn.Module):
     """The self-teacher: a BiFPN layer and a top-down path on the student's six maps, and a head on P2. Sec. 4.2.
-
     feats, 6 maps (B, dim, H_i, W_i) -> logits (B, num_classes, H_1, W_1), at the size of P2, and feats_t, 6 maps of
     the same shapes as feats.
     Paper vs code: "two repeated BiFPN layers" in the paper; the authors' second is a top-down path, as here. No loss
@@ -231,7 +228,6 @@ def pixel_cross_entropy(logits, y):
 
 def pixel_distillation(logits, logits_t, y, temperature):
     """Eq. 4 at each pixel that is not void, mean over these: shapes as above -> scalar.
-
     Paper vs code: the authors average over the void pixels too.
     """
     void = (y == VOID)[:, None]
@@ -242,7 +238,6 @@ def pixel_distillation(logits, logits_t, y, temperature):
 
 def ramp(epoch, warmup_epochs, ramp_epochs):
     """Share of alpha and beta in an epoch counted from 0: 0 in the warm-up, then exp(-5 (1 - t)^2), t up to 1.
-
     Source: the appendix, "adaptively increase". Paper vs code: the paper gives no formula; this is the authors'.
     """
     t = min(1.0, (epoch + 1 - warmup_epochs) / ramp_epochs)
@@ -251,7 +246,6 @@ def ramp(epoch, warmup_epochs, ramp_epochs):
 
 class SegmentationFRSKD(frskd.FRSKD):
     """Eq. 5 with every loss at each pixel; alpha and beta rise by `ramp` after a warm-up.
-
     student: an EfficientDet, teacher: a SelfTeacher on its maps. alpha, beta: 1, 50 (appendix).
     method(x, y): x (B, 3, H, W), y (B, H, W) class numbers or VOID -> terms, WEIGHTED scalars `ce`, `ce_t`, `kd`,
     `feat`, the last two after the warm-up only; logits (B, num_classes, H, W), detached. method(x): the logits.

@@ -180,7 +180,7 @@ def build(args, num_classes, resumed=False):
         method = METHODS[args.method](student, num_classes, **options)
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # of networks that do not suit
         where = f"--method {args.method}, --arch {args.arch} at {args.image_size} px"
-        raise UserError(f"{where}: {runs.one_line(error)}") from None
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
     return method.to(args.device, memory_format=torch.channels_last)
 
 
@@ -191,6 +191,8 @@ def loaders(args, training=True):
                            per_class=args.per_class if training else None, download=args.download,
                            splits=("train", "test") if training else ("test",))
     runs.describe(args, images)
+    if args.dataset == "folder":
+        runs.note(args, f"{len(images.train)} images of {len(images.classes)} classes, at {args.image_size} px")
     mix = None
     if args.mixup or args.cutmix:
         mix = (v2.MixUp if args.mixup else v2.CutMix)(alpha=args.mixup or args.cutmix, num_classes=len(images.classes))

@@ -217,7 +217,6 @@ OFFICIAL = {
 
 def voc_lists(root, download=False):
     """The trainval lists of VOC2007 and VOC2012 and the test list of VOC2007 -> [{id: (image, mask)}, ...], paths.
-
     root is the folder that holds VOCdevkit/, or that folder itself.
     """
     root = holder(root, "VOCdevkit")
@@ -266,7 +265,6 @@ def fetched(check, archives, place, download, advice=""):
 
 def fetch(url, md5, folder):
     """Downloads a file into a folder, compares its checksum where there is one, and unpacks it.
-
     It gets its own name at the end: a download that was cut short is never taken for the archive.
     """
     archive = folder / url.rpartition("/")[2]

@@ -71,7 +71,6 @@ class Baseline(Method):
 
 class FitNet(nn.Module):
     """Fit+SKD: sum over blocks of the mean over all elements of (regressor_i(F_i) - T_i)^2.
-
     A regressor, 1x1 convolution c_i -> d_i, batch norm and ReLU, trains with the student. n maps (B, c_i, H_i, W_i) and
     (B, d_i, H_i, W_i), activated, the teacher's detached -> scalar. Source: Table 5; FitNets, the paper's [26].
     Paper vs code: the paper does not say what a regressor is, nor its beta; the regressors are the authors'.
@@ -90,7 +89,6 @@ class FitNet(nn.Module):
 
 class Hint(FitNet):
     """FitNets' hint: of the second of the maps alone.
-
     Source: FitNets (P) has one hint in the middle of the network; after the second stage, trained along, with weight
     100 in RepDistiller (U). Paper vs code: (P) trains the hint first, alone.
     """
@@ -104,7 +102,6 @@ class Hint(FitNet):
 
 def margin(gamma, beta):
     """E[v | v < 0] of the values v of a channel behind batch norm, taken as normal: mean beta, deviation |gamma|.
-
     m - s exp(-(m / s)^2 / 2) / (sqrt(2 pi) Phi(-m / s)) with m = beta, s = |gamma|, Phi the normal distribution; -3 s
     where less than a thousandth is negative. (C,), (C,) -> (C,), detached. Source: overhaul distillation, [8].
     """
@@ -116,7 +113,6 @@ def margin(gamma, beta):
 
 def partial_l2(feat, target):
     """Sum of (feat - target)^2 except where feat <= target <= 0, divided by the batch: two (B, C, H, W) -> scalar.
-
     The target is detached. Source: overhaul distillation, the paper's [8].
     """
     feat, target = full_precision(feat), full_precision(target.detach())
@@ -126,7 +122,6 @@ def partial_l2(feat, target):
 
 def watch(net):
     """The maps of a network before their ReLU: n batch norms, and n lists that its passes in training add a map to.
-
     The norms are those that make the maps, of a ResNet those in front of a stage's last sum.
     """
     if isinstance(net, frskd.SelfTeacher):
@@ -138,18 +133,23 @@ def watch(net):
     else:
         raise ValueError(f"overhaul distillation needs maps before their ReLU, which {type(net).__name__} hides")
 
-    def keep(maps, value=lambda out: out):
-        return lambda module, args, out: maps.append(value(out)) if module.training else None
-
     lists = [[] for _ in norms]
     for i, (norm, maps) in enumerate(zip(norms, lists)):
+
+        def keep(module, args, out, maps=maps):
+            if module.training:
+                maps[:] = [*maps[-1:], out]  # of two passes at most, as FRSKD+SLA has before its loss
+
         if isinstance(net, frskd.ResNet):
             block, latest = getattr(net, f"layer{i + 1}")[-1], {}
-            # No module's output: the block calls one in-place ReLU twice, the second time on the sum.
-            block.relu.register_forward_pre_hook(lambda _, args, latest=latest: latest.update(x=args[0].clone()))
-            block.register_forward_hook(keep(maps, lambda _, latest=latest: latest.pop("x")))
+
+            def before(relu, args, latest=latest):  # no module's output: called twice, in place, the second on the sum
+                latest["map"] = args[0].clone() if relu.training else None
+
+            block.relu.register_forward_pre_hook(before)
+            block.register_forward_hook(lambda m, a, _, keep=keep, latest=latest: keep(m, a, latest.pop("map")))
         else:
-            norm.register_forward_hook(keep(maps))
+            norm.register_forward_hook(keep)
     return norms, lists
 
 
@@ -188,7 +188,6 @@ class Overhaul(nn.Module):
 
 class Distillation(Method):
     """KD from a pretrained teacher, with a feature loss or without: CE(z) + alpha KD_T(z, z_t) + beta L_F.
-
     teacher: a trained network, frozen here; with a feature loss one that has `features`, with maps of the student's
     number and sizes. feature_loss: Hint (FitNet, beta 100), frskd.attention_transfer (ATT, beta 1000), Overhaul
     (beta 1), which trains along; None is soft labels alone. The teacher runs at rest, but under Overhaul in training
@@ -207,6 +206,7 @@ class Distillation(Method):
             raise ValueError("a feature loss needs its weight, a beta above 0")
         self.teacher, self.feature_loss = teacher.requires_grad_(False), feature_loss
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.train()
 
     def train(self, mode=True):
         super().train(mode)
@@ -249,7 +249,6 @@ def bottleneck(c_in, c_out, k):
 
 class BYOT(Method):
     """Be Your Own Teacher (the paper's [40]): a classifier on each shallow block learns from the deepest one.
-
     (1 - alpha) (CE(z_n) + sum_i CE(z_i)) + alpha sum_i KD_3(z_i, z_n) + beta sum_i sum over batch and channels of
     (h_i - h_n)^2, i = 1..n-1. h_i is the mean over positions of a bottleneck on F_i with k = H_i // H_n, z_i a linear
     layer on it. z_n and h_n are detached where they teach. image_size: a pass of one such image measures the maps.
@@ -308,7 +307,6 @@ def fresh_last_stage(student):
 
 class ONE(Method):
     """On-the-fly Native Ensemble (the paper's [44]): branches of the last stage learn from their gated ensemble.
-
     sum_k CE(z_k) + CE(z_e) + alpha r(epoch) sum_k KD_3(z_k, z_e), z_e = sum_k g_k z_k. The m = 3 branches are copies
     of the last stage and the classifier, of which the student's own is the first; the gate g, one weight an image and
     branch, is softmax(relu(batch norm(linear(mean over positions of F_{n-1})))). z_e is detached where it teaches.
@@ -356,7 +354,6 @@ def spatial_attention(feat, size):
 
 class SAD(Method):
     """Self Attention Distillation (the paper's [10]): each block imitates the attention of the next.
-
     CE(z) + beta sum_{i<n} mean over batch and positions of (Psi(F_i) - Psi(F_{i+1}))^2, both at the size of F_i;
     Psi(F_{i+1}) is detached. The sum begins after two thirds of the epochs, in the last one at the latest (`set_epoch`;
     without, at once).
@@ -397,7 +394,6 @@ def maximum_mean_discrepancy(h_a, h_b):
 
 class DDGSD(Method):
     """Data-Distortion Guided Self-Distillation (the paper's [32]): two views of an image agree.
-
     CE(z_a) + CE(z_b) + alpha (KD_3(z_a, z_b) + KD_3(z_b, z_a)) + beta MMD(h_a, h_b), h of F_n. Each KD has its target
     detached, MMD none. Both views pass in one batch, so they share the statistics of batch norm.
 
@@ -427,7 +423,6 @@ class DDGSD(Method):
 
 class CSKD(Method):
     """Class-wise Self-Knowledge Distillation (the paper's [36]): an image agrees with another of its class.
-
     CE(z(x)) + alpha KD_4(z(x), z(x')), x' drawn uniformly from the class of x (it may be x). x' passes without gradient
     in a second pass, in training mode: with statistics of its own, which enter the running ones too.
 
@@ -453,7 +448,6 @@ class CSKD(Method):
 
 class SLASD(Method):
     """SLA-SD, Self-supervised Label Augmentation with self-distillation (the paper's [18]).
-
     CE(joint head on the four rotations, labels 4 y + r), mean over 4 B, + CE(z) + alpha KD_1(z, g), where g is the
     mean of the four views' logits (frskd.aggregate), detached. All 4 B views pass in one batch; z are the plain head's
     logits of the upright ones. Both heads read the mean over positions of F_n.

@@ -47,7 +47,6 @@ STATS = {
 @dataclass
 class Split:
     """Images, uint8 (N, H, W, 3) or a list of N paths, and their labels.
-
     Of classification: int64 (N,), the images sorted by them. Of segmentation: masks, uint8 (N, H, W) or N paths.
     """
 
@@ -77,7 +76,6 @@ class Data:
 
 def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=False, splits=("train", "test")):
     """Reads a data set: name, folder, size in pixels, the first `per_class` training images of each class -> Data.
-
     Up to 64 px the images of the named splits come back as a uint8 tensor of that size, otherwise as they lie on disk.
     """
     root = Path(data_dir).expanduser()
@@ -132,7 +130,6 @@ CIFAR100_COUNTS = {"train": 500, "test": 100}  # images of each class
 
 def read_cifar100(root, download=False):
     """CIFAR-100 as its archive unpacks, or as class folders train/<class>/*, test/<class>/* -> Data.
-
     Both in the order of class and file name, so that they give the same numbers.
     """
     cifar = torchvision.datasets.CIFAR100
@@ -253,7 +250,6 @@ SHAPES = {
 
 def draw_shapes(per_class, size, seed):
     """Images of one shape each, somewhere, at some size, turned, before a background with crumbs of other shapes.
-
     Its colour is lighter than a dark background, darker than a bright one, and says nothing about its class.
     -> images uint8 (N, size, size, 3), labels int64 (N,), masks uint8 (N, size, size): 0 background, class + 1.
     """
@@ -322,7 +318,6 @@ VOC_CLASSES = (
 
 def load_masks(dataset, *, data_dir="data", image_size=512, protocol="clean", download=False):
     """Reads a data set of segmentation, `shapes` drawn at a size in pixels, or `voc` -> Data, its labels masks.
-
     A mask holds class numbers, 0 being the background, and VOID.
     """
     if dataset == "voc":
@@ -333,7 +328,6 @@ def load_masks(dataset, *, data_dir="data", image_size=512, protocol="clean", do
 
 def read_voc(root, protocol="clean", download=False):
     """PASCAL VOC: the trainval lists of VOC2007 and VOC2012 together, evaluated on VOC2007's test list -> Data.
-
     VOC2012 has under the id 2007_<id> the images of VOC2007, those of the test list among them; protocol "clean" drops
     from it what a list of VOC2007 holds, "paper" does not. VOCdevkit/classes.txt names other classes than VOC's.
     Paper vs code: both train on VOC2012's whole list, and so on every test image.
@@ -396,7 +390,6 @@ def make_loader(split, *, image_size, workers=0, **kwargs):
 
 class Loader:
     """What the loaders share.
-
     epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,), or soft y (B, num_classes) where
     `mix`, v2.MixUp or v2.CutMix, mixes each batch. Training drops the last partial batch.
     Of several processes, each has a loader: in training of its slice of each batch, in evaluation of every
@@ -462,7 +455,6 @@ class Loader:
 
 class DeviceLoader(Loader):
     """All images on the device as uint8; cropped, flipped and normalised there, a batch at a time.
-
     Training: zero padding of 4, random crop, horizontal flip (Sec. 4.1: "random cropping and flipping").
     Paper vs code: TinyImageNet too is resized to 32 px and then cropped so, as the paper says; the authors take random
     resized crops from its 64 px.
@@ -501,7 +493,6 @@ class DeviceLoader(Loader):
 
 class WorkerLoader(Loader):
     """Images decoded and augmented one by one, in worker processes where workers > 0; normalised on the device.
-
     Training: RandomResizedCrop and horizontal flip; evaluation: shorter side to 8/7 of the size, centre crop.
     Paper vs code: the paper says "random cropping and flipping"; these are the authors' transforms.
     """
@@ -548,7 +539,6 @@ class WorkerLoader(Loader):
 
 class SeededDataset(Dataset):
     """An image by its key (epoch, index) -> uint8 (3, H, W), label; augmented by a draw from (seed, epoch, index).
-
     With a third number in the key, the image it goes with, the draw is from all three.
     """
 
@@ -563,7 +553,6 @@ class SeededDataset(Dataset):
 
 class MaskLoader(WorkerLoader):
     """Images with masks, transformed together.
-
     Training: x (B, 3, size, size), y (B, size, size) int64. Flip, shorter side to 0.5..2 times the size, random crop,
     padded with black and VOID where the image is smaller, blur of every other image (deviation up to 1 pixel).
     Evaluation: x (B, 3, size, size), the whole image squeezed to that size, and a list of B masks of their own sizes.
@@ -606,7 +595,6 @@ class ShortestSize(v2.RandomShortestSize):
 
 class MaskDataset(SeededDataset):
     """An image and its mask by their key (epoch, index) -> uint8 (3, h, w), uint8 (H, W).
-
     together: the transform changes the mask as it does the image, else the image alone.
     """
 

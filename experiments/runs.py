@@ -160,7 +160,6 @@ def text(value):
 
 def options(parser, recipe, argv):
     """Recipe < checkpoint < command line -> args; the file to continue from or to evaluate, loaded, or None.
-
     recipe: {option: value} of what was given -> {option: value} of all.
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
@@ -177,7 +176,9 @@ def options(parser, recipe, argv):
         file = Path(source) / "last.pt" if Path(source).is_dir() else Path(source)
         content, beside = load_file(file), file.with_name("args.json")
         if is_checkpoint(content):
-            saved = content["args"]
+            saved, there = content["args"], os.path.join(content["folder"], content["args"]["data_dir"] or "")
+            if not os.path.exists(saved["data_dir"] or ".") and os.path.exists(there):  # resumed from another folder
+                saved["data_dir"] = there
         elif "eval" not in given:
             raise UserError(f"{file} is not the last.pt of a run")
         elif beside.exists():
@@ -192,7 +193,7 @@ def options(parser, recipe, argv):
     args = resolved(parser, recipe, saved | given)
     if "eval" in given and not is_checkpoint(content):
         args.method = "baseline"  # only the plain network is in the file
-    elif not content and not given.keys() & {"overwrite", "table", "cost"} and run_files(args.output):
+    elif not content and not given.keys() & {"overwrite", "resume", "table", "cost"} and run_files(args.output):
         how = "continue it with --resume or " if (Path(args.output) / "last.pt").exists() else ""
         raise UserError(f"{args.output} already holds a run: {how}replace it with --overwrite")
     args.command = f"{launcher(parser.prog)} {shlex.join(argv)}".strip()
@@ -293,7 +294,6 @@ def prepare_device(device):
 
 def keep_freed_memory():
     """Tells glibc, where it is the C library, to keep freed blocks, which changes no number.
-
     It hands blocks above 32 MiB back to the system, and the next tensor pays a page fault for each 4 KiB: on a CPU up
     to two thirds of a step's time.
     """
@@ -369,7 +369,7 @@ class Run:
             self.write_log()
             write_atomically(self.folder / "student.pt", frskd.export(self.method.student).state_dict())
             checkpoint = dict(args=kept(self.args), method=state, optimizer=self.optimizer.state_dict(), log=self.log)
-            write_atomically(self.folder / "last.pt", checkpoint)
+            write_atomically(self.folder / "last.pt", checkpoint | dict(folder=os.getcwd()))
             terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
             print(f"{meter.title}  lr {lr:g}  {terms}  {results(metrics)}  {rate:.0f} images/s", flush=True)
 
@@ -392,7 +392,6 @@ def results(metrics):
 
 class Meter:
     """An epoch's batches under a progress bar, and the means of its terms over the images.
-
     Sums stay on the device, in float32, and go to the host every 50 steps, the only synchronisation.
     """
 
@@ -421,10 +420,12 @@ class Meter:
             if not math.isfinite(value):
                 raise NonFinite(f"the term {name} is not finite in epoch {self.epoch + 1}")
             self.totals[name] = self.totals.get(name, 0.0) + value
-        self.sums, totals = None, torch.tensor([*self.totals.values(), self.images], dtype=torch.float64)
+        self.sums, totals = None, [*self.totals.values(), self.images]
+        if of_all and processes() > 1:
+            totals = all_reduced(torch.tensor(totals, dtype=torch.float64)).tolist()  # on the CPU
         if of_all:
-            self.seconds, self.images = time.perf_counter() - self.began, int(all_reduced(totals)[-1])
-        return {name: value / self.images for name, value in zip(self.totals, totals.tolist())}
+            self.seconds, self.images = time.perf_counter() - self.began, totals[-1]
+        return {name: value / totals[-1] for name, value in zip(self.totals, totals)}
 
 
 # --------------------------------------------------------------------------------------------- evaluation of a file

@@ -1,11 +1,129 @@
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "--arch wrn10_1 --image-size 16 --per-class 4 --batch-size 16 --milestones 1 --device cpu --attention 99"
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """No test reads or leaves anything in the folder in which pytest was started."""
     monkeypatch.chdir(tmp_path)
+
+
+def shrink(change=setattr):
+    """`shapes` with few images, and no curves, which tests/test_figures.py looks at: an epoch in a tenth of a second."""
+    from experiments import data, figures
+
+    change(data, "SHAPES_DRAWN", ((8, 1), (4, 2)))
+    change(figures, "draw_curves", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
+        yield
+
+
+def main(script, *words):
+    """script.main: strings split at blanks, paths and numbers one word each."""
+    split = [word.split() if isinstance(word, str) else [str(word)] for word in words]
+    return script.main(sum(split, []))
+
+
+def shown(err):
+    """What a terminal is left with: a progress bar ends in a carriage return, and what follows overwrites it."""
+    return [line.rpartition("\r")[2] for line in err.strip().split("\n")]
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(script, words...) -> the one line that a user's mistake gets: status 2, nothing else on stderr."""
+
+    def refused(script, *words):
+        capsys.readouterr()
+        assert main(script, *words) == 2
+        (line,) = shown(capsys.readouterr().err)
+        assert line.startswith(f"{script.__name__}.py: error: ")
+        return line.partition("error: ")[2]
+
+    return refused
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def numbers(folder):
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in e.items() if k not in ("seconds", "images_per_s")} for e in log_of(folder)]
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "last.pt", weights_only=True)["method"]
+
+
+def same(a, b):
+    """Whether two runs have the same log and the same weights, bit for bit."""
+    ours, theirs = weights(a), weights(b)
+    equal = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    return equal and numbers(a) == numbers(b)
+
+
+def in_child(words, name, prepare, environment, where):
+    os.chdir(where)
+    os.environ.update(environment)
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(where / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    script = __import__(words.split()[0])
+    shrink()
+    if prepare:
+        prepare()
+    sys.exit(script.main(words.split()[1:]))
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """A process that has read the scripts and has trained nothing, so that its children start at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "train", "seg"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        context.Process(target=int).start()
+    return context
+
+
+@pytest.fixture
+def child(forkserver, tmp_path):
+    """child("train --epochs 2 ...", name) starts a script in a process of its own -> the process, its exit status in
+    `exitcode`; what it prints is in name.out and name.err. prepare: a function that it calls before."""
+
+    def start(words, name="child", prepare=None, **environment):
+        process = forkserver.Process(target=in_child, args=(words, name, prepare, environment, tmp_path))
+        process.start()
+        return process
+
+    return start
+
+
+def together(child, words, name, prepare=None, processes=2, restart=0):
+    """Starts a script in several processes, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(TORCHELASTIC_RUN_ID="1", TORCHELASTIC_RESTART_COUNT=restart, MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=port, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)  # fmt: skip
+    shared = {key: str(value) for key, value in shared.items()}
+    return [child(words, f"{name}{r}", prepare, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(processes)]
 
 
 def voc_tree(root, exif=False):
