@@ -249,8 +249,8 @@ def check(given, arch, method):
 def parser():
     p = runs.Parser("train.py", "Train an image classifier with FRSKD.")
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=list(RECIPES), help="shapes: drawn in memory; folder: train/CLASS/* and val/ "
-                   "or test/; the others: the official archives as they unpack (%(default)s)")
+    g.add_argument("--dataset", choices=list(RECIPES), help="shapes: drawn in memory; folder: train/CLASS/*, and "
+                   "val/, valid/, validation/ or test/; the others: the archives as they unpack (%(default)s)")
     g.add_argument("--data-dir", type=runs.path, metavar="DIR", help="where the archives were unpacked, or that holds "
                    "train/ (%(default)s)")
     g.add_argument("--download", help="fetch the data set where it is missing", **FLAG)

@@ -130,6 +130,7 @@ def add_run_options(parser, picture):
     g.add_argument("-h", "--help", help="show this message", **FLAG)
 
 
+@functools.cache
 def keywords(function):
     """{name: default} of a method's options, its builder's keyword-only arguments."""
     parameters = inspect.signature(function).parameters.values()
