@@ -347,10 +347,11 @@ def recipe(given):
     epochs = given.get("epochs", values["epochs"])
     values["milestones"] = [int(epochs * 2 / 3)] if epochs > 1 else []  # Sec. 4.2: 40 of 60
     values["warmup_epochs"] = int(epochs * 2 / 3)  # appendix
-    values["ramp_epochs"] = max(1, epochs - given.get("warmup_epochs", values["warmup_epochs"]))
+    warmup = given["warmup_epochs"] or 0 if "warmup_epochs" in given else values["warmup_epochs"]  # None: baseline
+    values["ramp_epochs"] = max(1, epochs - warmup)
     values |= runs.untaken(METHODS, method, given)
-    if method == "frskd" and given.get("warmup_epochs", 0) >= epochs:
-        raise UserError(f"--warmup-epochs {given['warmup_epochs']}: distillation would never start in {epochs} epochs")
+    if method == "frskd" and warmup >= epochs:
+        raise UserError(f"--warmup-epochs {warmup}: distillation would never start in {epochs} epochs")
     return values
 
 

@@ -114,10 +114,12 @@ def main(argv=None):
     p.add_argument("--rounds", type=runs.number(int, 1), default=3, help="of the interleaved timing (%(default)s)")
     p.add_argument("--workers", type=runs.number(int, 0), default=2, help="of loading (%(default)s)")
     p.add_argument("--compile", nargs="?", const="inductor", help="compiled columns too, by this backend")
-    p.add_argument("--only", nargs="*", default=METHODS, metavar="OPTIONS", help="train.py's options, one method each")
+    p.add_argument("--only", type=lambda names: names.split(","), default=METHODS, metavar="OPTIONS,...",
+                   help='options of train.py, a method each: --only="--method baseline,--sla"')
+    p.add_argument("--float32", action="store_true", help="leave out bf16, which some CPUs have no instructions for")
     args = p.parse_args(argv)
     runs.prepare_device(args.device)
-    columns = {"float32": dict(), "bf16": dict(amp=True)}
+    columns = {"float32": dict()} if args.float32 else {"float32": dict(), "bf16": dict(amp=True)}
     if args.compile:
         columns |= {f"{name}, compiled": kwargs | dict(backend=args.compile) for name, kwargs in columns.items()}
 

@@ -190,6 +190,8 @@ def options(parser, recipe, argv):
             longer = key == "epochs" and "eval" not in given and value > saved.get(key, value)
             if key not in FREE and saved.get(key, value) != value and not longer:
                 raise UserError(f"{option(key)} {text(value)} differs from the run's {text(saved[key])}: leave it out")
+        if "eval" in given:  # what was drawn in training is not asked for again
+            saved = {key: value for key, value in saved.items() if key not in ("attention", "predictions")}
         given = {"output": str(file.parent)} | given
     args = resolved(parser, recipe, saved | given)
     if "eval" in given and not is_checkpoint(content):
@@ -612,7 +614,7 @@ class Terminated(KeyboardInterrupt):
 
 def explain(error):
     """What to do about an error, in one line, and the exit status; None for a bug, whose traceback is wanted."""
-    said = one_line(error)
+    said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, NonFinite):
         return f"{said}; last.pt, where there is one, is of the epoch before", 1
     if isinstance(error, (UserError, OSError)):  # also no permission, a disk that is full or gone
@@ -620,7 +622,7 @@ def explain(error):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said:
         return f"out of memory: take a smaller --batch-size, --image-size or network ({said[:100]})", 2
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile: {said[:300]}", 2
+        return f"--compile: {' '.join(str(error).split('Set TORCHDYNAMO')[0].split())[:300]}", 2
     for cause, advice, status in (
         ("shared memory", "shared memory (/dev/shm) is too small: enlarge it, or take --workers 0", 2),
         ("DataLoader worker", "a worker is gone, perhaps killed for want of memory: fewer --workers need less", 1),

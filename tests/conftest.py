@@ -1,3 +1,4 @@
+import functools
 import json
 import multiprocessing
 import os
@@ -20,10 +21,11 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def shrink(change=setattr):
-    """`shapes` with few images, and no curves, which tests/test_figures.py looks at: an epoch in a tenth of a second."""
+    """`shapes` with few images, drawn once, and no curves, which tests/test_figures.py looks at."""
     from experiments import data, figures
 
     change(data, "SHAPES_DRAWN", ((8, 1), (4, 2)))
+    change(data, "draw_shapes", functools.cache(data.draw_shapes))
     change(figures, "draw_curves", lambda *_: None)
 
 
