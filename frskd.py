@@ -95,7 +95,7 @@ class SelfTeacher(nn.Module):
     def __init__(self, channels, dims, num_classes, *, upsample_mode="bilinear"):
         super().__init__()
         self.channels, self.dims, n = list(channels), list(dims), len(dims)
-        none = [nn.Identity()]  # pads each list to n, so that one i serves all; never called
+        none = [nn.Identity()]  # where there is no node (P_n, T_1): pads to n, so that one i serves all; never called
         self.lateral = nn.ModuleList(conv_bn_relu(c, d) for c, d in zip(channels, dims, strict=True))
         self.lateral2 = nn.ModuleList(none + [conv_bn_relu(c, d) for c, d in zip(channels[1:], dims[1:])])
         self.up = nn.ModuleList([Resize(dims[i + 1], dims[i], upsample_mode) for i in range(n - 1)] + none)
@@ -110,15 +110,15 @@ class SelfTeacher(nn.Module):
         P = [None] * (n - 1) + [L[-1]]  # P_n = L_n
         for i in reversed(range(n - 1)):
             P[i] = self.top_down[i](L[i], self.up[i](P[i + 1], sizes[i]))  # Eq. 2, top-down
-        T = [P[0]] + [None] * (n - 1)  # T_1 = P_1
+        T = [P[0]] + [None] * (n - 1)  # T_1 = P_1, of L_1 and P_2, as Figure 2 draws it
         for i in range(1, n):
-            middle = [P[i]] if i < n - 1 else []  # Figure 2: T_n reads L_n, not P_n
+            middle = [P[i]] if i < n - 1 else []  # Figure 2: T_n reads L'_n and T_{n-1}; P_n would be L_n again
             T[i] = self.bottom_up[i](self.lateral2[i](feats[i]), *middle, self.down[i](T[i - 1], sizes[i]))  # Eq. 2
-        return self.fc(pooled(T[-1])), T
+        return self.fc(pooled(T[-1])), T  # f_t(x), whose softmax is the soft label
 
 
 def pooled(feat):
-    """Mean over positions, (B, C, H, W) -> (B, C), of the channels-last map, as it lies in memory."""
+    """Mean over positions, (B, C, H, W) -> (B, C); permuted first, since maps lie channels-last in memory."""
     return feat.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
 
 
@@ -141,12 +141,12 @@ def full_precision(x):
 def attention_map(feat):
     """phi of Eq. 3: mean over channels of the squares, l2-normalised over positions: (B, C, H, W) -> (B, H * W)."""
     norm = torch.linalg.vector_norm(feat, dim=1, dtype=torch.promote_types(feat.dtype, torch.float32))  # (B, H, W)
-    return F.normalize((norm.square() / feat.shape[1]).flatten(1), dim=1)
+    return F.normalize((norm.square() / feat.shape[1]).flatten(1), dim=1)  # the norm sums in float32, without a copy
 
 
 def attention_transfer(feats, feats_t):
     """L_F of Eq. 3: sum over blocks of the mean over batch and positions of (phi(T_i) - phi(F_i))^2.
-    n maps (B, c_i, H_i, W_i) of the student, n maps (B, d_i, H_i, W_i) of the teacher, detached -> scalar.
+    n maps (B, c_i, H_i, W_i) of the student, n maps (B, d_i, H_i, W_i) of the teacher, detached here -> scalar.
     Paper vs code: Eq. 3 writes a norm, the authors compute this; beta = 100 fits only this.
     """
     pairs = zip(feats, feats_t, strict=True)
@@ -155,7 +155,7 @@ def attention_transfer(feats, feats_t):
 
 def soft_label_distillation(logits, logits_t, temperature=4.0):
     """L_KD of Eq. 4: K^2 KL(softmax(logits_t / K) || softmax(logits / K)), sum over classes, mean over the rest.
-    Student's logits (B, C) or (B, C, H, W), the teacher's, detached -> scalar.
+    Student's logits (B, C) or (B, C, H, W), the teacher's, detached here -> scalar.
     Paper vs code: Eq. 4 has the student first and no K^2; alpha = 2 fits only the authors' form, this.
     """
     log_p = F.log_softmax(full_precision(logits) / temperature, dim=1)
@@ -171,7 +171,7 @@ class FRSKD(nn.Module):
     FRSKD\\F. criterion(logits, y) -> scalar: your own loss, of both networks.
     method(x, y): images (B, 3, H, W), labels as the criterion takes them -> terms, WEIGHTED scalars `ce`, `ce_t`, `kd`,
     `feat` whose plain sum is the loss; the student's logits (B, num_classes), detached. method(x): the logits.
-    L_KD and L_F teach the student only: they detach the teacher's side. The teacher's inputs are not detached, so that
+    L_KD and L_F detach the teacher's side, against collapse (Sec. 3.2). The teacher's inputs are not detached, so that
     its cross-entropy trains the student's blocks too: alpha = beta = 0 is not the baseline.
     """
 

@@ -249,6 +249,7 @@ class SegmentationFRSKD(frskd.FRSKD):
     student: an EfficientDet, teacher: a SelfTeacher on its maps. alpha, beta: 1, 50 (appendix).
     method(x, y): x (B, 3, H, W), y (B, H, W) class numbers or VOID -> terms, WEIGHTED scalars `ce`, `ce_t`, `kd`,
     `feat`, the last two after the warm-up only; logits (B, num_classes, H, W), detached. method(x): the logits.
+    set_epoch(epoch, epochs) before each epoch: without it nothing is distilled.
     """
 
     def __init__(self, student, teacher, *, warmup_epochs=40, ramp_epochs=20, **weights):
@@ -308,7 +309,8 @@ def build(args, num_classes, resumed=False):
         if args.weights == "imagenet":
             weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
             try:
-                net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
+                with runs.first_process_first():
+                    net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
             except Exception as error:  # of urllib, of the file system, a checksum that differs
                 said = f"--weights imagenet: cannot fetch {weights.url}: {runs.one_line(error)}"
                 raise UserError(f"{said}; name the file as --weights FILE, or --weights none") from None
@@ -393,7 +395,7 @@ def evaluate_file(args, content):
     method = build(args, len(images.classes), resumed=True)
     for name, net in runs.evaluated(args, method, content):
         runs.print_evaluation(args, name, evaluate(net, loader, args))
-    if args.predictions is not None:
+    if args.predictions is not None and runs.rank() == 0:
         figures.draw_predictions(Path(args.output) / "predictions.png", method, loader, images.classes)
 
 

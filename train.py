@@ -140,6 +140,8 @@ def build_kd(student, num_classes, *, alpha, beta, temperature, feature_loss, te
              image_size):  # fmt: skip
     teacher, loss = network(teacher_arch, image_size, num_classes), None
     if feature_loss != "none":
+        if not hasattr(teacher, "channels"):
+            raise ValueError(f"--feature-loss {feature_loss} needs maps: --teacher-arch resnet18, resnet34, wrn<d>_<w>")
         with frskd.evaluation_mode(student), frskd.evaluation_mode(teacher), torch.no_grad():
             image = torch.zeros(1, 3, image_size, image_size)
             sizes, sizes_t = ([tuple(f.shape[-2:]) for f in net.features(image)[1]] for net in (student, teacher))
@@ -178,7 +180,7 @@ def build(args, num_classes, resumed=False):
     try:
         student = build_student(args.arch, args.blocks, num_classes, example)
         method = METHODS[args.method](student, num_classes, **options)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # of networks that do not suit
+    except (ImportError, ValueError, TypeError, RuntimeError, AssertionError) as error:  # no timm; what does not suit
         where = f"--method {args.method}, --arch {args.arch} at {args.image_size} px"
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
     return method.to(args.device, memory_format=torch.channels_last)
@@ -236,6 +238,8 @@ def check(given, arch, method):
         raise UserError(f"mixed labels do not go with {'--sla' if given.get('sla') else method}, which needs classes")
     if method == "kd" and not given.get("teacher_checkpoint"):
         raise UserError("--method kd needs --teacher-checkpoint FILE, the student.pt of a trained --teacher-arch")
+    if method == "kd" and given.get("beta") and given.get("feature_loss", "none") == "none":
+        raise UserError("--beta weighs a feature loss, which kd has by --feature-loss at, fitnet or od")
     if method == "frskd" and given.get("feature_loss") == "none":
         raise UserError("--feature-loss none is kd's: FRSKD without a feature loss is --beta 0")
     own = arch in ("resnet18", "resnet34") or re.fullmatch(r"wrn\d+_\d+", arch) or arch.startswith("timm/")
@@ -292,13 +296,15 @@ def evaluate_file(args, content):
     method = build(args, len(images.classes), resumed=True)
     for name, net in runs.evaluated(args, method, content):
         runs.print_evaluation(args, name, evaluate(net, loader, args))
-    if args.attention is not None:
+    if args.attention is not None and runs.rank() == 0:
         figures.draw_attention(Path(args.output) / "attention.png", method, loader, images.classes)
 
 
 def print_cost(args):
     """Parameters and FLOPs (multiply-adds) of the network, and of its self-teacher over the network's."""
-    method, x = build(args, 100), torch.zeros(1, 3, args.image_size, args.image_size)
+    if args.method != "frskd":
+        raise UserError("--cost compares a network with FRSKD's self-teacher: leave --method out")
+    method, x = build(args, 100), torch.zeros(1, 3, args.image_size, args.image_size, device=args.device)
     with frskd.evaluation_mode(method), torch.no_grad():
         feats = method.student.features(x)[1]
     (params, flops), (params_t, flops_t) = frskd.cost(method.student, x), frskd.cost(method.teacher, feats)

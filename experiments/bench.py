@@ -145,8 +145,8 @@ def main(argv=None):
                 row.append(f"{count.kernels} {count.bytes / args.batch_size / 1e6:.1f}")
         rows.append(row)
     where = torch.cuda.get_device_name() if "cuda" in args.device else f"CPU, {torch.get_num_threads()} threads"
-    print(f"A training step, {args.arch}, batch {args.batch_size} at 32 px, {where}: median of {args.rounds} interleaved, "
-          f"images a second, times {first}'s; kernels, MB an image that they read and write.\n")  # fmt: skip
+    print(f"A training step, {args.arch}, batch {args.batch_size} at 32 px, {where}: median of {args.rounds} "
+          f"interleaved, images a second, times {first}'s; kernels, MB an image that they read and write.\n")  # fmt: skip
     heads = [h for column in columns for h in ([column] + ["kernels, MB"] * ("compiled" not in column))]
     print(tabulate(rows, ["method", *heads], tablefmt="github"))
     if "cuda" in args.device:

@@ -43,7 +43,8 @@ FREE = (*THIS_CALL, "data_dir", "download", "workers", "device", "compile", "out
 METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_loss", "sla", "teacher_arch",
                   "teacher_checkpoint", "warmup_epochs", "ramp_epochs")  # of which a method takes those that it names
 METRICS = dict(top1="top-1", top5="top-5", miou="mIoU")  # key in the log: its name, in percent
-RUN_FILES = ("last.pt", "student.pt", "args.json", "log.jsonl", "*.png")  # in the order in which they are removed
+RUN_FILES = ("last.pt", "student.pt", "args.json", "log.jsonl", "attention*.png", "predictions*.png",
+             "curves.png")  # in the order in which they are removed
 FLAG = dict(action="store_true", default=argparse.SUPPRESS)  # of an option without a value
 
 
@@ -77,7 +78,8 @@ def number(kind, low, below=math.inf, above=False):
     def parse(string):
         value = kind(string)
         if not low <= value < below or above and value == low or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{string} is not {'above' if above else 'at least'} {low}, below {below}")
+            until = f", below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{string} is not {'above' if above else 'at least'} {low}{until}")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: invalid whole number value: '1.5'
@@ -165,6 +167,8 @@ def options(parser, recipe, argv):
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     given, saved, content = vars(parser.parse_args(argv)), {}, None
+    if "curves" in given and "table" not in given:
+        raise UserError("--curves goes with --table DIR")
     if "help" in given:
         parser.set_defaults(**vars(resolved(parser, recipe, given)))
         parser.print_help()
@@ -183,9 +187,13 @@ def options(parser, recipe, argv):
         elif "eval" not in given:
             raise UserError(f"{file} is not the last.pt of a run")
         elif beside.exists():
-            saved = json.loads(beside.read_text())
+            with contextlib.suppress(ValueError):  # another program's file of this name says nothing
+                found = json.loads(beside.read_text())
+                saved = found if isinstance(found, dict) and "script" in found else {}
         if saved.get("script", parser.prog) != parser.prog:
             raise UserError(f"{file} is of a run of {saved['script']}")
+        if given.get("mixup") is True:  # without a value: the run's
+            given["mixup"] = saved.get("mixup") or True
         for key, value in given.items():
             longer = key == "epochs" and "eval" not in given and value > saved.get(key, value)
             if key not in FREE and saved.get(key, value) != value and not longer:
@@ -196,6 +204,10 @@ def options(parser, recipe, argv):
     args = resolved(parser, recipe, saved | given)
     if "eval" in given and not is_checkpoint(content):
         args.method = "baseline"  # only the plain network is in the file
+        args.name = args.name if saved else "of unknown training"
+    elif content and "eval" not in given:
+        if Path(args.output).resolve() != file.parent.resolve() and run_files(args.output):
+            raise UserError(f"{args.output} already holds a run: take another --output")
     elif not content and not given.keys() & {"overwrite", "resume", "table", "cost"} and run_files(args.output):
         how = "continue it with --resume or " if (Path(args.output) / "last.pt").exists() else ""
         raise UserError(f"{args.output} already holds a run: {how}replace it with --overwrite")
@@ -220,7 +232,8 @@ def resolved(parser, recipe, given):
 
 def launcher(script):
     """What starts a script as it was started: python train.py, or torchrun --nproc-per-node=2 train.py."""
-    script = shlex.quote(sys.argv[0] if Path(sys.argv[0]).name == script else script)
+    own = hasattr(sys.modules["__main__"], Path(script).stem)  # a script of one's own that imports train
+    script = shlex.quote(sys.argv[0] if own or Path(sys.argv[0]).name == script else script)
     count = os.environ.get("LOCAL_WORLD_SIZE")
     return f"torchrun --nproc-per-node={count} {script}" if count else f"python {script}"
 
@@ -457,7 +470,8 @@ def evaluated(args, method, content):
 def print_evaluation(args, name, metrics):
     if not all(math.isfinite(value) for value in metrics.values() if not isinstance(value, dict)):
         raise UserError(f"{args.eval}: a logit of a test image is not finite")
-    print(f"{name}: {results(metrics)} (on {args.test_name}, {args.eval})")
+    if rank() == 0:
+        print(f"{name}: {results(metrics)} (on {args.test_name}, {args.eval})")
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -593,7 +607,7 @@ def print_table(folder, script, metric):
             left_out.append(f"{path}: seed {args['seed']} again")
         seeds.setdefault(args["seed"], (log[-1][metric], max(entry[metric] for entry in log)))
     if not found:
-        raise UserError(f"--table {folder}: no finished run of {script} in or below it; {'; '.join(left_out)}".strip("; "))
+        raise UserError("; ".join([f"--table {folder}: no finished run of {script} in or below it", *left_out]))
     columns, rows = sorted({column for row in cells.values() for column in row}), []
     for name, row in sorted(cells.items()):
         spreads = {column: [*map(spread, zip(*seeds.values())), len(seeds)] for column, seeds in row.items()}
@@ -628,7 +642,7 @@ def explain(error):
         ("DataLoader worker", "a worker is gone, perhaps killed for want of memory: fewer --workers need less", 1),
         ("more than 1 value per channel", "batch norm cannot normalise one value a channel: take a larger "
          "--batch-size or --image-size", 2),
-        ("gloo", "another process is gone", 1),
+        ("gloo", "another process is gone", 1), ("NCCL", "another process is gone", 1),
     ):  # fmt: skip
         if cause in said:
             return advice, status
@@ -660,7 +674,8 @@ def command(main):
             return 141
         except KeyboardInterrupt as stop:
             words = [word for word in words if word != "--overwrite"]
-            words += [] if any(word.startswith("--resume") for word in words) else ["--resume"]
+            asked = {word.partition("=")[0] for word in words}
+            words += [] if asked & {"--resume", "--eval", "--table", "--cost"} else ["--resume"]
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"{script}: stopped; continue with: {launcher(script)} {shlex.join(words)}", file=sys.stderr)
             return 143 if isinstance(stop, Terminated) else 130

@@ -2,6 +2,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ TINY = "--arch wrn10_1 --image-size 16 --per-class 4 --batch-size 16 --milestone
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """No test reads or leaves anything in the folder in which pytest was started."""
+    """No test reads or leaves anything in the folder in which pytest was started, nor inherits an ignored Ctrl-C."""
     monkeypatch.chdir(tmp_path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
 
 def shrink(change=setattr):

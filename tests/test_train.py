@@ -119,7 +119,7 @@ def test_frskd_is_built_as_the_options_say(words, kind, loss):
 ])  # fmt: skip
 def test_methods_are_built_with_the_weights_given(name, kind, keys):
     torch.save(frskd.WideResNet(16, 1, 8).state_dict(), "t.pt")
-    words = f"--method {name}" + " --teacher-arch wrn16_1 --teacher-checkpoint t.pt" * (name == "kd")
+    words = f"--method {name}" + " --teacher-arch wrn16_1 --teacher-checkpoint t.pt --feature-loss at" * (name == "kd")
     values = {key: value for key, value in dict(alpha=0.25, beta=0.5, temperature=7.0).items() if key in keys.split()}
     method = built(" ".join([words, *(f"--{key} {value}" for key, value in values.items())]))
     assert type(method) is kind and {key: getattr(method, key) for key in values} == values
