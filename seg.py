@@ -349,7 +349,8 @@ def recipe(given):
     epochs = given.get("epochs", values["epochs"])
     values["milestones"] = [int(epochs * 2 / 3)] if epochs > 1 else []  # Sec. 4.2: 40 of 60
     values["warmup_epochs"] = int(epochs * 2 / 3)  # appendix
-    warmup = given["warmup_epochs"] or 0 if "warmup_epochs" in given else values["warmup_epochs"]  # None: baseline
+    warmup = given.get("warmup_epochs")
+    warmup = values["warmup_epochs"] if warmup is None else warmup  # None in a baseline's checkpoint, too
     values["ramp_epochs"] = max(1, epochs - warmup)
     values |= runs.untaken(METHODS, method, given)
     if method == "frskd" and warmup >= epochs:

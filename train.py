@@ -12,6 +12,7 @@
 A run writes args.json, log.jsonl (one object an epoch), last.pt (everything to resume), student.pt (the plain
 network) and attention.png into runs/DATASET-ARCH-NAME-sSEED.
 """
+import functools
 import math
 import re
 import sys
@@ -122,16 +123,20 @@ def build_student(arch, blocks, num_classes, example):
     return net if hasattr(net, "channels") else frskd.Adapter(net, blocks, example)
 
 
+def build_feature_loss(name, student, teacher, fitnet):
+    """L_F of Tables 5 and 7; fitnet: the FitNet of the two, which FRSKD and kd build differently."""
+    if name == "od":
+        return baselines.Overhaul(student, teacher)
+    return fitnet() if name == "fitnet" else frskd.attention_transfer
+
+
 def build_frskd(student, num_classes, *, alpha, beta, temperature, width, channels, feature_loss, sla):
     if channels:
         teacher = frskd.BiFPN(student.channels, num_classes, channels)
     else:
         teacher = frskd.BiFPNc(student.channels, num_classes, width)
-    loss = frskd.attention_transfer
-    if feature_loss == "fitnet" and beta > 0:
-        loss = baselines.FitNet(student.channels, teacher.dims)
-    elif feature_loss == "od" and beta > 0:
-        loss = baselines.Overhaul(student, teacher)
+    fitnet = functools.partial(baselines.FitNet, student.channels, teacher.dims)
+    loss = build_feature_loss(feature_loss if beta > 0 else "at", student, teacher, fitnet)  # unused where beta is 0
     method = frskd.FRSKDSLA if sla else frskd.FRSKD
     return method(student, teacher, alpha=alpha, beta=beta, temperature=temperature, feature_loss=loss)
 
@@ -147,9 +152,8 @@ def build_kd(student, num_classes, *, alpha, beta, temperature, feature_loss, te
             sizes, sizes_t = ([tuple(f.shape[-2:]) for f in net.features(image)[1]] for net in (student, teacher))
         if sizes != sizes_t:
             raise ValueError(f"its maps are {sizes}, those of --teacher-arch {teacher_arch} {sizes_t}")
-        losses = dict(at=lambda: frskd.attention_transfer, od=lambda: baselines.Overhaul(student, teacher),
-                      fitnet=lambda: baselines.Hint(student.channels, teacher.channels))  # fmt: skip
-        loss = losses[feature_loss]()
+        fitnet = functools.partial(baselines.Hint, student.channels, teacher.channels)
+        loss = build_feature_loss(feature_loss, student, teacher, fitnet)
     if teacher_checkpoint:
         runs.load_weights(teacher, teacher_checkpoint)
     return baselines.Distillation(student, teacher, alpha=alpha, beta=beta, temperature=temperature, feature_loss=loss)
