@@ -58,7 +58,7 @@ def train(args, checkpoint):
             if args.clip_value:
                 nn.utils.clip_grad_value_(method.parameters(), args.clip_value)
             optimizer.step()
-        metrics = evaluate(method.student, test_loader, args)
+        metrics = evaluate(method.student, test_loader, args) if run.evaluates(epoch) else {}
         if picture := run.picture("predictions", epoch):
             figures.draw_predictions(picture, method, test_loader, images.classes)
         run.end_of(epoch, meter, metrics)  # log, student.pt, last.pt

@@ -66,7 +66,7 @@ def train(args, checkpoint):
             sum(terms.values()).backward()
             optimizer.step()
             meter.update(terms | dict(train_top1=accuracy(logits, y)), len(y))
-        metrics = evaluate(method.student, test_loader, args)
+        metrics = evaluate(method.student, test_loader, args) if run.evaluates(epoch) else {}
         if picture := run.picture("attention", epoch):
             figures.draw_attention(picture, method, test_loader, images.classes)
         run.end_of(epoch, meter, metrics)  # log, student.pt, last.pt

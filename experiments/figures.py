@@ -107,7 +107,7 @@ def draw_curves(path, found):
     for args, log, _ in found:
         source = f" ({args['data_dir']})" if args["dataset"] == "folder" else ""
         logs.setdefault(f"{args['dataset']}{source} {args['arch']} {args['name']}", []).append(log)
-    metric = next(key for key in runs.METRICS if key in found[0][1][0])
+    metric = next(key for key in runs.METRICS if key in found[0][1][-1])
     keys = [key for _, log, _ in found for entry in log for key in entry if key not in NO_TERMS]
     terms = list(dict.fromkeys(keys))  # some begin after a warm-up
     rows = [(terms[i : i + 4] + 3 * ["."])[:4] for i in range(0, len(terms), 4)]  # "." is an empty place

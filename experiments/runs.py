@@ -38,8 +38,8 @@ from experiments.data import seed_of
 THIS_CALL = ("overwrite", "resume", "eval", "table", "curves", "cost", "help")  # not kept with a run
 # Options that change no number: not in a run's name, free to differ when it is resumed. A teacher's weights are in the
 # checkpoint, whatever its file is called later.
-FREE = (*THIS_CALL, "data_dir", "download", "workers", "device", "compile", "output", "attention", "predictions",
-        "teacher_checkpoint")  # fmt: skip
+FREE = (*THIS_CALL, "data_dir", "download", "workers", "device", "compile", "output", "eval_every", "attention",
+        "predictions", "teacher_checkpoint")  # fmt: skip
 METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_loss", "sla", "teacher_arch",
                   "teacher_checkpoint", "warmup_epochs", "ramp_epochs")  # of which a method takes those that it names
 METRICS = dict(top1="top-1", top5="top-5", miou="mIoU")  # key in the log: its name, in percent
@@ -118,6 +118,8 @@ def add_run_options(parser, picture):
     g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
                    help="torch.compile the method, by this backend")
     g.add_argument("--output", type=path, metavar="DIR", help="folder of the run (runs/DATASET-ARCH-NAME-sSEED)")
+    g.add_argument("--eval-every", type=number(int, 1), metavar="N", help="evaluate after every N-th epoch, and the "
+                   "last; with few training images evaluation is a third of the time (%(default)s)")
     x = g.add_mutually_exclusive_group()
     x.add_argument("--overwrite", help="replace the run that the folder holds", **FLAG)
     x.add_argument("--resume", nargs="?", const=True, type=path, metavar="PATH", help="continue a run, its folder or "
@@ -218,7 +220,7 @@ def options(parser, recipe, argv):
 
 def resolved(parser, recipe, given):
     """All values of a run, with its name and its folder."""
-    defaults = dict(seed=0, data_dir="data", download=False, workers=2, amp=False) | recipe(given)
+    defaults = dict(seed=0, data_dir="data", download=False, workers=2, amp=False, eval_every=1) | recipe(given)
     args = argparse.Namespace(**{action.dest: None for action in parser._actions} | defaults | given)
     args.script, args.name = parser.prog, args.method
     for key in (action.dest for action in parser._actions):
@@ -367,6 +369,9 @@ class Run:
                 self.method.set_epoch(epoch, args.epochs)
             yield epoch
 
+    def evaluates(self, epoch):
+        return (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs
+
     def picture(self, name, epoch):
         """Where this epoch's picture is to be drawn, None where none is asked for."""
         asked = getattr(self.args, name) or []
@@ -395,7 +400,7 @@ class Run:
     def print_result(self, metric):
         """The last line; a folder's says which split it was evaluated on."""
         if rank() == 0:
-            a, last, best = self.args, self.log[-1], max(self.log, key=lambda entry: entry[metric])
+            a, last, best = self.args, self.log[-1], max(self.log, key=lambda entry: entry.get(metric, 0.0))
             split = f" on {a.test_name}" if a.dataset == "folder" else ""
             best = f"best {best[metric]:.2f} at epoch {best['epoch']}"
             print(f"{a.dataset} {a.arch} {a.name} seed {a.seed}: {results(last)} (last epoch{split}; {best})")
@@ -584,7 +589,7 @@ def read_runs(folder, script, metric):
             log = [json.loads(line) for line in file.with_name("log.jsonl").read_text().splitlines()]
             if args["script"] == script and len(log) < args["epochs"]:
                 left_out.append(f"{file.parent}: unfinished, {len(log)} of {args['epochs']} epochs")
-            elif args["script"] == script and [float(entry[metric]) for entry in log]:
+            elif args["script"] == script and float(log[-1][metric]) >= 0:
                 found.append((args, log, file.parent))
         except (OSError, ValueError, KeyError, TypeError):
             left_out.append(f"{file.parent}: not a run that can be read")
@@ -605,7 +610,7 @@ def print_table(folder, script, metric):
         seeds = cells.setdefault(args["name"], {}).setdefault(f"{args['dataset']}{source} {args['arch']}", {})
         if args["seed"] in seeds:
             left_out.append(f"{path}: seed {args['seed']} again")
-        seeds.setdefault(args["seed"], (log[-1][metric], max(entry[metric] for entry in log)))
+        seeds.setdefault(args["seed"], (log[-1][metric], max(entry.get(metric, 0.0) for entry in log)))
     if not found:
         raise UserError("; ".join([f"--table {folder}: no finished run of {script} in or below it", *left_out]))
     columns, rows = sorted({column for row in cells.values() for column in row}), []
