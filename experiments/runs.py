@@ -9,6 +9,7 @@ import ctypes
 import difflib
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -65,11 +66,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         known = [name for action in self._actions for name in action.option_strings]
-        usual = {"--gpu": "--device", "--gpus": "--device", "--model": "--arch", "--wd": "--weight-decay"}
-        words = message.split() if message.startswith("unrecognized") else []
-        unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
-        meant = [usual.get(word) or "".join(difflib.get_close_matches(word, known, 1)) for word in unknown]
-        raise UserError(message + "".join(f"; did you mean {name}?" for name in meant if name))
+        unknown = message.split()[2:] if message.startswith("unrecognized") else []
+        meant = [name for word in unknown for name in difflib.get_close_matches(word.partition("=")[0], known, 1)]
+        raise UserError(message + "".join(f"; did you mean {name}?" for name in meant))
 
 
 def number(kind, low, below=math.inf, above=False):
@@ -169,53 +168,50 @@ def options(parser, recipe, argv):
     """
     argv = list(map(str, sys.argv[1:] if argv is None else argv))
     given, saved, content = vars(parser.parse_args(argv)), {}, None
-    if "curves" in given and "table" not in given:
-        raise UserError("--curves goes with --table DIR")
     if "help" in given:
         parser.set_defaults(**vars(resolved(parser, recipe, given)))
         parser.print_help()
         sys.exit()
     source = given.get("eval", given.get("resume"))
     if source is True:  # --resume without a path
-        source = given.get("output") or resolved(parser, recipe, given).output
+        source = given.get("output") or resolved(parser, recipe, dict(given)).output
         source = source if (Path(source) / "last.pt").exists() else None
     if source:
         file = Path(source) / "last.pt" if Path(source).is_dir() else Path(source)
-        content, beside = load_file(file), file.with_name("args.json")
-        if is_checkpoint(content):
-            saved, there = content["args"], os.path.join(content["folder"], content["args"]["data_dir"] or "")
-            if not os.path.exists(saved["data_dir"] or ".") and os.path.exists(there):  # resumed from another folder
-                saved["data_dir"] = there
-        elif "eval" not in given:
-            raise UserError(f"{file} is not the last.pt of a run")
-        elif beside.exists():
-            with contextlib.suppress(ValueError):  # another program's file of this name says nothing
-                found = json.loads(beside.read_text())
-                saved = found if isinstance(found, dict) and "script" in found else {}
+        content = load_file(file)
+        saved = saved_options(content, file)
         if saved.get("script", parser.prog) != parser.prog:
             raise UserError(f"{file} is of a run of {saved['script']}")
-        if given.get("mixup") is True:  # without a value: the run's
-            given["mixup"] = saved.get("mixup") or True
-        for key, value in given.items():
-            longer = key == "epochs" and "eval" not in given and value > saved.get(key, value)
-            if key not in FREE and saved.get(key, value) != value and not longer:
-                raise UserError(f"{option(key)} {text(value)} differs from the run's {text(saved[key])}: leave it out")
+        if not is_checkpoint(content) and "eval" not in given:
+            raise UserError(f"{file} is not the last.pt of a run")
         if "eval" in given:  # what was drawn in training is not asked for again
             saved = {key: value for key, value in saved.items() if key not in ("attention", "predictions")}
-        given = {"output": str(file.parent)} | given
-    args = resolved(parser, recipe, saved | given)
+    args = resolved(parser, recipe, saved | ({"output": str(file.parent)} if source else {}) | given)
+    for key in given:
+        value, was = getattr(args, key), saved.get(key, getattr(args, key))
+        longer = key == "epochs" and "eval" not in given and value > was
+        if value != was and key not in FREE and not longer:
+            raise UserError(f"{option(key)} {text(value)} differs from the run's {text(was)}: leave it out")
     if "eval" in given and not is_checkpoint(content):
         args.method = "baseline"  # only the plain network is in the file
         args.name = args.name if saved else "of unknown training"
-    elif content and "eval" not in given:
-        if Path(args.output).resolve() != file.parent.resolve() and run_files(args.output):
-            raise UserError(f"{args.output} already holds a run: take another --output")
-    elif not content and not given.keys() & {"overwrite", "resume", "table", "cost"} and run_files(args.output):
-        how = "continue it with --resume or " if (Path(args.output) / "last.pt").exists() else ""
-        raise UserError(f"{args.output} already holds a run: {how}replace it with --overwrite")
-    args.command = f"{launcher(parser.prog)} {shlex.join(argv)}".strip()
+    elsewhere = source and Path(args.output).resolve() != file.parent.resolve()
+    trains = not given.keys() & {"eval", "table", "cost"}
+    if trains and (elsewhere or not given.keys() & {"resume", "overwrite"}) and run_files(args.output):
+        raise UserError(f"{args.output} already holds a run: continue it with --resume, replace it with --overwrite, "
+                        "or take another --output")
+    args.command = f"{launcher()} {shlex.join(argv)}".strip()
     prepare_device(args.device)
     return args, content
+
+
+def saved_options(content, file):
+    """The options of a run, of its last.pt or of the args.json beside a student.pt."""
+    if is_checkpoint(content):
+        return content["args"]
+    beside = file.with_name("args.json")
+    found = json.loads(beside.read_text()) if beside.exists() else {}
+    return found if "script" in found else {}  # else another program's file of this name
 
 
 def resolved(parser, recipe, given):
@@ -232,12 +228,10 @@ def resolved(parser, recipe, given):
     return args
 
 
-def launcher(script):
-    """What starts a script as it was started: python train.py, or torchrun --nproc-per-node=2 train.py."""
-    own = hasattr(sys.modules["__main__"], Path(script).stem)  # a script of one's own that imports train
-    script = shlex.quote(sys.argv[0] if own or Path(sys.argv[0]).name == script else script)
+def launcher():
+    """What started this script, to be typed in the same folder."""
     count = os.environ.get("LOCAL_WORLD_SIZE")
-    return f"torchrun --nproc-per-node={count} {script}" if count else f"python {script}"
+    return f"torchrun --nproc-per-node={count} " * bool(count) + "python " * (not count) + shlex.quote(sys.argv[0])
 
 
 # ----------------------------------------------------------------------------------------- processes and devices
@@ -390,7 +384,7 @@ class Run:
             self.write_log()
             write_atomically(self.folder / "student.pt", frskd.export(self.method.student).state_dict())
             checkpoint = dict(args=kept(self.args), method=state, optimizer=self.optimizer.state_dict(), log=self.log)
-            write_atomically(self.folder / "last.pt", checkpoint | dict(folder=os.getcwd()))
+            write_atomically(self.folder / "last.pt", checkpoint)
             terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
             print(f"{meter.title}  lr {lr:g}  {terms}  {results(metrics)}  {rate:.0f} images/s", flush=True)
 
@@ -473,8 +467,6 @@ def evaluated(args, method, content):
 
 
 def print_evaluation(args, name, metrics):
-    if not all(math.isfinite(value) for value in metrics.values() if not isinstance(value, dict)):
-        raise UserError(f"{args.eval}: a logit of a test image is not finite")
     if rank() == 0:
         print(f"{name}: {results(metrics)} (on {args.test_name}, {args.eval})")
 
@@ -523,20 +515,19 @@ def about(args):
 
 def write_atomically(path, content):
     """Bytes, or what torch.save takes, through another name: a reader finds the old content or the new, never half."""
+    if not isinstance(content, bytes):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getbuffer()
     partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps that of a full disk
-        if not isinstance(cause, OSError):
-            raise
-        kept_ = "; the one from before is whole" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {cause.strerror}{kept_}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -603,32 +594,25 @@ def spread(values):
 
 
 def print_table(folder, script, metric):
-    """Mean and standard deviation over seeds of the runs below a folder, in markdown, laid out as Table 1."""
-    (found, left_out), cells = read_runs(folder, script, metric), {}
+    """Prints the results of the runs below a folder, in markdown, and returns these."""
+    (found, left_out), rows = read_runs(folder, script, metric), {}
     for args, log, path in found:
         source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
-        seeds = cells.setdefault(args["name"], {}).setdefault(f"{args['dataset']}{source} {args['arch']}", {})
+        seeds = rows.setdefault((args["dataset"] + source, args["arch"], args["name"]), {})
         if args["seed"] in seeds:
             left_out.append(f"{path}: seed {args['seed']} again")
         seeds.setdefault(args["seed"], (log[-1][metric], max(entry.get(metric, 0.0) for entry in log)))
     if not found:
         raise UserError("; ".join([f"--table {folder}: no finished run of {script} in or below it", *left_out]))
-    columns, rows = sorted({column for row in cells.values() for column in row}), []
-    for name, row in sorted(cells.items()):
-        spreads = {column: [*map(spread, zip(*seeds.values())), len(seeds)] for column, seeds in row.items()}
-        rows.append([name, *("{} ({}), n = {}".format(*spreads[c]) if c in spreads else "" for c in columns)])
-    print(f"{METRICS[metric]} in percent, last epoch (best epoch); mean ± standard deviation over n seeds\n")
-    print(tabulate(rows, ["method", *columns], tablefmt="github"))
+    table = [[*key, *map(spread, zip(*seeds.values())), len(seeds)] for key, seeds in sorted(rows.items())]
+    print(f"{METRICS[metric]} in percent, mean ± standard deviation over n seeds\n")
+    print(tabulate(table, ["data set", "network", "method", "last epoch", "best epoch", "n"], "github", floatfmt=""))
     if left_out:
         print("\nNot averaged:", *left_out, sep="\n- ")
     return found
 
 
 # ------------------------------------------------------------------------------------------------ the command line
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
 
 
 def explain(error):
@@ -658,7 +642,7 @@ def command(main):
     mend, in one line, 130 Ctrl-C, 141 a reader that is gone, 143 SIGTERM."""
 
     def terminate(*_):
-        raise Terminated
+        raise KeyboardInterrupt("SIGTERM")
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -682,8 +666,8 @@ def command(main):
             asked = {word.partition("=")[0] for word in words}
             words += [] if asked & {"--resume", "--eval", "--table", "--cost"} else ["--resume"]
             if int(os.environ.get("RANK", 0)) == 0:
-                print(f"{script}: stopped; continue with: {launcher(script)} {shlex.join(words)}", file=sys.stderr)
-            return 143 if isinstance(stop, Terminated) else 130
+                print(f"{script}: stopped; continue with: {launcher()} {shlex.join(words)}", file=sys.stderr)
+            return 143 if stop.args else 130
         except Exception as error:
             if (explained := explain(error)) is None:
                 raise

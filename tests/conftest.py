@@ -26,6 +26,7 @@ def shrink(change=setattr):
     """`shapes` with few images, drawn once, and no curves, which tests/test_figures.py looks at."""
     from experiments import data, figures
 
+    change(sys, "argv", ["train.py"])
     change(data, "SHAPES_DRAWN", ((8, 1), (4, 2)))
     change(data, "draw_shapes", functools.cache(data.draw_shapes))
     change(figures, "draw_curves", lambda *_: None)
@@ -42,6 +43,13 @@ def main(script, *words):
     """script.main: strings split at blanks, paths and numbers one word each."""
     split = [word.split() if isinstance(word, str) else [str(word)] for word in words]
     return script.main(sum(split, []))
+
+
+def resolved(script, words=""):
+    """The options that a command line stands for."""
+    from experiments import runs
+
+    return runs.resolved(script.parser(), script.recipe, vars(script.parser().parse_args(words.split())))
 
 
 def shown(err):

@@ -1,5 +1,6 @@
 """train.py: recipes, methods as options build them, training and evaluation, what it prints."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -9,18 +10,17 @@ import torch.nn as nn
 import torchvision
 from PIL import Image
 
+import conftest
 import frskd
 import train
 from conftest import TINY, log_of, main, numbers, weights
-from experiments import baselines, data, figures, runs
+from experiments import baselines, data, figures
 
 pytestmark = pytest.mark.usefixtures("quick")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def resolved(words):
-    given = vars(train.parser().parse_args(words.split()))
-    return runs.resolved(train.parser(), train.recipe, given)
+resolved = functools.partial(conftest.resolved, train)
 
 
 def built(words, num_classes=8):
