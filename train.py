@@ -53,7 +53,8 @@ def train(args, checkpoint):
     images, train_loader, test_loader = loaders(args)
     method = build(args, len(images.classes), resumed=checkpoint is not None)
     train_loader.pairs = getattr(method, "pairs", None)  # what the method wants beside each image
-    optimizer = torch.optim.SGD(method.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(method.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+                                foreach=True)  # one kernel for many parameters
     run = runs.Run(args, method, optimizer, checkpoint)  # its folder, and the epochs that it already holds
     forward = runs.parallel(method, args)  # --compile, --amp, DistributedDataParallel
 

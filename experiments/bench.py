@@ -45,7 +45,7 @@ def training_step(method, batch_size, amp=False, backend=None):
     x = torch.randn(rows, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     y = torch.arange(batch_size, device=device) % 100
     forward = runs.parallel(method, argparse.Namespace(device=str(device), amp=amp, compile=backend))
-    optimizer = torch.optim.SGD(method.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(method.parameters(), 0.01, 0.9, weight_decay=1e-4, foreach=True)
 
     def step():
         terms, _ = forward(x, y)
@@ -128,6 +128,7 @@ def main(argv=None):
         for column, kwargs in columns.items():
             name, method = build(options, args.arch, args.device)
             steps[name, column] = training_step(method, args.batch_size, **kwargs)
+            steps[name, column]()  # the first makes the momentum
             if "backend" not in kwargs:
                 with Count() as counts[name, column]:
                     steps[name, column]()

@@ -114,8 +114,8 @@ def add_run_options(parser, picture):
     g.add_argument("--workers", type=number(int, 0), help="processes that decode larger images (%(default)s)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (%(default)s)")
     g.add_argument("--amp", help="bfloat16 autocast; the losses stay in float32", **FLAG)
-    g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "aot_eager", "eager"],
-                   help="torch.compile the method, by this backend")
+    g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "reduce-overhead", "aot_eager", "eager"],
+                   help="torch.compile the method, by this backend; reduce-overhead: inductor with CUDA graphs")
     g.add_argument("--output", type=path, metavar="DIR", help="folder of the run (runs/DATASET-ARCH-NAME-sSEED)")
     g.add_argument("--eval-every", type=number(int, 1), metavar="N", help="evaluate after every N-th epoch, and the "
                    "last; with few training images evaluation is a third of the time (%(default)s)")
@@ -324,7 +324,8 @@ def parallel(method, args):
     if processes() > 1:
         method = DistributedDataParallel(method, [torch.cuda.current_device()] if "cuda" in args.device else None)
     if args.compile:
-        method = torch.compile(method, backend=args.compile)
+        how = "mode" if args.compile == "reduce-overhead" else "backend"
+        method = torch.compile(method, **{how: args.compile})
 
     def forward(x, y):
         with autocast(args):

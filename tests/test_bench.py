@@ -1,11 +1,13 @@
 """The benchmark: what it counts, and that it runs."""
 
 import re
+from contextlib import nullcontext
 
+import pytest
 import torch
 
 import train
-from experiments import bench, data
+from experiments import bench, data, runs
 
 
 def test_kernels_and_bytes_by_hand():
@@ -21,6 +23,32 @@ def test_kernels_and_bytes_by_hand():
 def test_every_method_of_the_script_is_timed():
     names = [bench.build(options, "wrn10_1", "cpu")[0] for options in bench.METHODS]
     assert {name.partition("-")[0] for name in names} == set(train.METHODS)
+
+
+@pytest.mark.parametrize("options", bench.METHODS)
+def test_a_step_never_waits_for_the_device(options, monkeypatch):
+    """On the meta device, which has no values, .item(), a tensor as a condition or a copy to the host raise."""
+    monkeypatch.setattr(runs, "autocast", lambda args: nullcontext())  # which does not know that device
+    step = bench.training_step(bench.build(options, "wrn10_1", "meta")[1], 4)
+    step(), step()
+
+
+def test_a_step_of_frskd_is_few_kernels():
+    step = bench.training_step(bench.build("", "wrn16_2", "cpu")[1], 2)
+    step()  # makes the momentum
+    with bench.Count() as count:
+        step()
+    assert 300 < count.kernels < 600
+
+
+@pytest.mark.parametrize("options, arch", [("", "resnet18"), ("--sla", "wrn10_1")])
+def test_frskd_is_compiled_as_one_graph_and_once(options, arch):
+    method = bench.build(options, arch, "cpu")[1]
+    compiled = torch.compile(method, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            terms, logits = compiled(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert logits.shape == (2, 100) and sum(terms.values()).requires_grad
 
 
 def test_it_prints_times_kernels_and_loading(capsys, monkeypatch, tmp_path):
