@@ -1,7 +1,7 @@
 """The paper's Tables 1 to 8 and Figure 4: its figures, ours, and the commands of those that nobody measured yet.
 
     python -m experiments.reproduce                         # all; or the names of some: 1 6 figure4
-    python -m experiments.reproduce --results-only          # of results/ alone, as the README
+    python -m experiments.reproduce --measured              # of results/ alone, what was measured: the README's
     python -m experiments.reproduce 1 --commands            # of every cell that lacks a seed of 0, 1, 2
     python -m experiments.reproduce 1 --run --device cuda --data-dir DIR    # these one after another; --amp counts too
     python -m experiments.reproduce figure4 --plot figure4.png
@@ -12,6 +12,7 @@ Run in the folder that holds runs/. --run called again goes on where it was stop
 import argparse
 import functools
 import itertools
+import json
 import shlex
 import subprocess
 import sys
@@ -65,7 +66,9 @@ TABLES = {
         ("FRSKD\\F, 50 a class (ours)", "--per-class 50 --beta 0", "? - - -"),
         ("FRSKD, 50 a class (ours)", "--per-class 50", "? - - -"),
         ("Baseline, 50 a class, 5e-4 (ours)", "--per-class 50 --method baseline --weight-decay 5e-4", "? - - -"),
-        ("FRSKD, 50 a class, 5e-4 (ours)", "--per-class 50 --weight-decay 5e-4", "? - - -")]),
+        ("FRSKD, 50 a class, 5e-4 (ours)", "--per-class 50 --weight-decay 5e-4", "? - - -"),
+        ("Baseline, 20 a class (ours)", "--per-class 20 --method baseline", "? - - -"),
+        ("FRSKD, 20 a class (ours)", "--per-class 20", "? - - -")]),
     "2": Table("Table 2: fine-grained recognition, ResNet-18", SIX[2:], [
         ("Baseline", "--method baseline", "51.72±1.17 55.00±0.97 63.38±0.04 42.97±0.66"),
         ("ONE", "--method one", "54.71±0.42 56.77±0.76 65.39±0.59 45.35±0.53"),
@@ -116,10 +119,14 @@ TABLES = {
         (f"alpha {alpha}, beta {beta}", f"--alpha {alpha} --beta {beta}",
          {(2, 100): "73.27±0.45 ?", (1, 200): "? 61.74±0.67"}.get((alpha, beta), "? ?"))
         for alpha, beta in itertools.product((1, 2, 3), (50, 100, 200, 500))]),
+    "shapes": Table("Drawn shapes (ours)", ["--dataset shapes --arch wrn16_2"], [
+        ("Baseline", "--method baseline", "?"), ("FRSKD", "", "?")]),
+    "seg-shapes": Table("Drawn shapes, mIoU (ours)", ["--dataset shapes --arch d0"], [
+        ("Baseline", "--method baseline", "?"), ("FRSKD", "", "?")], seg, ("miou",)),
 }  # fmt: on
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cell:
     row: str
     script: object
@@ -227,6 +234,24 @@ def run(command):
         sys.exit(status if status > 0 else 128 - status)  # of a signal, as a shell has it
 
 
+def print_table(table, logs, measured=False):
+    """Each cell paper / ours; measured: only the rows and columns that have one of ours, and the commands of these."""
+    rows = [(label, row, [cell.ours(logs) if cell else "" for cell in row]) for label, row in cells(table)]
+    rows = [row for row in rows if any(row[2]) or not measured]
+    columns = [i for i in range(len(table.columns)) if any(ours[i] for *_, ours in rows) or not measured]
+    lines = [[label, *(f"{row[i].paper} / {ours[i]}".strip() if row[i] else "" for i in columns)]
+             for label, row, ours in rows]  # fmt: skip
+    if lines:
+        print(f"\n{table.title}\n\n{tabulate(lines, ['', *(heads(table)[i] for i in columns)], tablefmt='github')}")
+    commands_ = dict.fromkeys(cell for _, row, _ in rows for cell in row if cell and measured and cell.ours(logs))
+    print("\n" * bool(commands_), end="")
+    for cell in commands_:
+        for seed, (_, amp, folder) in cell.found(logs).items():
+            commit = json.loads((folder / "args.json").read_text()).get("commit", "")
+            command = shown([cell.script.__file__, *cell.words, *["--amp"] * amp, "--seed", str(seed)])
+            print(f"- `{command}`, commit {commit[:7]}")
+
+
 @figures.STYLE
 def draw(path, table, logs):
     """A panel a column, a line a row: the paper's figure and ours. -> the figure."""
@@ -252,8 +277,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__.split("\n")[0],
                                 allow_abbrev=False)  # fmt: skip
     p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (all)")
-    p.add_argument("--results-only", action="store_true", help="take ours from results/ alone, not from runs/")
     x = p.add_mutually_exclusive_group()
+    x.add_argument("--measured", action="store_true", help="rows and columns that results/ has, without runs/")
     x.add_argument("--commands", action="store_true", help="print the commands of what nobody measured")
     x.add_argument("--run", action="store_true", help="run them, one after another; what was begun goes on")
     x.add_argument("--plot", metavar="FILE", help="draw one table")
@@ -266,7 +291,7 @@ def main(argv=None):
     if unknown := [name for name in args.tables if name not in TABLES]:
         p.error(f"no table {unknown[0]}: {', '.join(TABLES)}")
     tables = [TABLES[name] for name in args.tables or TABLES]
-    logs = last_epochs(FOLDERS[args.results_only :])
+    logs = last_epochs(FOLDERS[args.measured :])
     if args.plot:
         if len(tables) > 1:
             p.error("--plot draws one table: name it")
@@ -277,9 +302,7 @@ def main(argv=None):
     else:
         print("paper / ours, in percent: last epoch, mean ± standard deviation over (n seeds, of them a with --amp)")
         for table in tables:
-            rows = [[label, *(f"{c.paper} / {c.ours(logs)}".strip() if c else "" for c in row)]
-                    for label, row in cells(table)]  # fmt: skip
-            print(f"\n{table.title}\n\n{tabulate(rows, ['', *heads(table)], tablefmt='github')}")
+            print_table(table, logs, args.measured)
 
 
 if __name__ == "__main__":

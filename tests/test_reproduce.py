@@ -70,7 +70,7 @@ def test_ours_are_the_last_epochs_of_finished_runs_each_seed_once_those_by_amp_m
     out = printed(capsys)
     assert out.count("73.27 ± 0.45 / 73.50 ± 0.71 (2, 1a) ") == 3  # Tables 1 and 6, Figure 4
     assert "70.17 / 70.50 (1)" in out and "89.78 / 89.50 (1)" in out and "| / 61.25 (1) " in out
-    out = printed(capsys, "--results-only", "1")
+    out = printed(capsys, "--measured", "1")
     assert "73.27 ± 0.45 / 42.00 ± 45.25 (2, 1a) " in out and "Table 2" not in out
 
 
