@@ -580,15 +580,6 @@ def die_in_the_second():
         killed_in(3, signal.SIGKILL)
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_refused(child):
-    started = together(child, f"train {TINY} --batch-size 15 --output a", "p")
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [2, 2]
-    message = "train.py: error: --batch-size 15 is not divisible by the 2 processes"
-    assert shown(Path("p0.err").read_text())[-1] == message and not Path("a").exists()
-
-
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed():
     command = "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=2".split()
