@@ -39,6 +39,16 @@ def quick():
         yield
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, quick):
+    """A finished run of two epochs of two steps, which several tests look at."""
+    import train
+
+    folder = tmp_path_factory.mktemp("run") / "a"
+    assert main(train, TINY, "--epochs 2 --output", folder) == 0
+    return folder
+
+
 def main(script, *words):
     """script.main: strings split at blanks, paths and numbers one word each."""
     split = [word.split() if isinstance(word, str) else [str(word)] for word in words]

@@ -34,14 +34,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 EVAL = "--arch wrn10_1 --image-size 16 --device cpu --eval"
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, quick):
-    """A finished run of two epochs of two steps, which several tests look at."""
-    folder = tmp_path_factory.mktemp("run") / "a"
-    assert main(train, TINY, "--epochs 2 --output", folder) == 0
-    return folder
-
-
 def killed_in(step, signum=signal.SIGINT, change=setattr, update=runs.Meter.update):
     """A signal arrives in the n-th step from now on."""
     steps = iter(range(1, 1000))

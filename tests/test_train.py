@@ -27,13 +27,6 @@ def built(words, num_classes=8):
     return train.build(resolved(f"--arch wrn10_1 --image-size 16 --device cpu {words}"), num_classes)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, quick):
-    folder = tmp_path_factory.mktemp("run") / "a"
-    assert main(train, TINY, "--epochs 2 --output", folder) == 0
-    return folder
-
-
 def class_folders(root, size, per_class=4, classes=3):
     """train/ and val/ of drawn shapes."""
     images, labels, _ = data.draw_shapes(per_class, size, seed=0)
