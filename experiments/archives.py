@@ -1,9 +1,8 @@
 """The official data sets as their archives unpack.
 
-    read("cub200", Path("data"))  # {"train": [(path, class name), ...], "test": [...]}, each sorted by class and path
+    read("cub200", Path("data"))  # training and test images: two lists [(path, class name), ...]
 
-An archive is whole when every file that its lists name is there and the published counts hold. The lists of VOC are
-not counted.
+An archive is whole when every file that its lists name is there and the published counts hold (VOC's are not counted).
 """
 
 import os
@@ -15,7 +14,7 @@ from typing import Callable
 
 import torchvision
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 
@@ -28,33 +27,29 @@ class UserError(Exception):
 
 
 def read(dataset, root, download=False):
-    """An official data set below root, or root being its own folder -> {"train": [(path, class name), ...], "test"}."""
+    """An official data set below root, or root being its own folder -> two lists [(path, class name), ...], of training
+    and test, sorted by class and path.
+    """
     official = OFFICIAL[dataset]
     places = root / official.folder, root
     folder = next((p for p in places if any((p / marker).exists() for marker in official.markers)), places[0])
-    place = folder  # where its archives are unpacked
-    if official.own_folder:
-        place = root.resolve().parent if folder == root else root
-    splits = fetched(lambda: whole(official, folder), official.archives, place, download, official.advice)
-    return {split: sorted(samples, key=lambda sample: sample[::-1]) for split, samples in splits.items()}
+    place = folder.absolute().parent if official.own_folder else folder
+    return fetched(lambda: whole(official, folder), official.archives, place, download, official.advice)
 
 
 def whole(official, folder):
-    """What the reader finds in a folder; UserError where that is not the whole data set."""
+    """What the reader finds in a folder, sorted; UserError where that is not the whole data set."""
     where = f"{official.title} in {folder} is not whole"
     try:
         splits = official.reader(folder)
-    except UserError:
-        raise
     except Exception as error:  # a list that is absent, cut short, or names what another does not; torchvision's ...
         raise UserError(f"{where}: {one_line(error)}") from None
-    splits = {split: [(os.fspath(path), name) for path, name in samples] for split, samples in splits.items()}
-    classes = {name for samples in splits.values() for _, name in samples}
-    found = len(classes), len(splits["train"]), len(splits["test"])
+    splits = [sorted([(os.fspath(p), name) for p, name in split], key=lambda pair: pair[::-1]) for split in splits]
+    found = len({name for split in splits for _, name in split}), *map(len, splits)
     if found != official.counts:
         counts = "{:,} classes, {:,} training and {:,} test images"
         raise UserError(f"{where}: {counts.format(*found)}, not {counts.format(*official.counts)}")
-    check_files([path for samples in splits.values() for path, _ in samples], where)
+    check_files([path for split in splits for path, _ in split], where)
     return splits
 
 
@@ -66,7 +61,7 @@ def check_files(paths, where):
         raise UserError(f"{where}: {len(absent)} of {len(paths)} files are missing, first {absent[0]}")
 
 
-# ---------------------------------------------------------------------- readers: the folder of a set -> its splits
+# --------------------------------------------- readers: the folder of a set -> its training and test images
 
 
 def read_tinyimagenet(root):
@@ -79,7 +74,7 @@ def read_tinyimagenet(root):
     for name, wnid, *_ in map(str.split, lines(root / "val/val_annotations.txt")):
         places = [root / "val/images" / name, root / "val" / wnid / name, root / "val" / wnid / "images" / name]
         test.append((next(filter(Path.exists, places), places[0]), wnid))
-    return {"train": train, "test": test}
+    return train, test
 
 
 def read_cub200(root):
@@ -89,31 +84,29 @@ def read_cub200(root):
     splits = {"1": [], "0": []}
     for i, path in paths.items():
         splits[in_train[i]].append((root / "images" / path, names[labels[i]]))
-    return {"train": splits["1"], "test": splits["0"]}
+    return splits["1"], splits["0"]
 
 
 def read_mit67(root):
     """The lists name 6,700 of the 15,620 images, some with a blank in their names; the others are in no split."""
-    files = {"train": "TrainImages.txt", "test": "TestImages.txt"}
-    return {split: in_class_folders(root / "Images", lines(root / name)) for split, name in files.items()}
+    lists = [lines(root / name) for name in ("TrainImages.txt", "TestImages.txt")]
+    return [[(root / "Images" / name, name.split("/")[0]) for name in names] for names in lists]
 
 
 def read_stanford40(root):
     """One flat folder; the class is the name without its number: writing_on_a_book_017.jpg."""
-    names = {split: lines(root / "ImageSplits" / f"{split}.txt") for split in ("train", "test")}
-    return {split: [(root / "JPEGImages" / n, n.rpartition("_")[0]) for n in names[split]] for split in names}
+    lists = [lines(root / "ImageSplits" / name) for name in ("train.txt", "test.txt")]
+    return [[(root / "JPEGImages" / name, name.rpartition("_")[0]) for name in names] for names in lists]
 
 
 def read_dogs(root):
     """The lists are MAT-files, beside Images/ as their archive unpacks, or in the lists/ that some users make."""
     from scipy.io import loadmat
 
-    splits = {}
-    for split in ("train", "test"):
-        file = f"{split}_list.mat"
-        cells = loadmat(root / "lists" / file if (root / "lists" / file).exists() else root / file)["file_list"]
-        splits[split] = in_class_folders(root / "Images", [str(cell.item()) for cell in cells.flat])
-    return splits
+    place = root / "lists" if (root / "lists").is_dir() else root
+    cells = [loadmat(place / name)["file_list"].flat for name in ("train_list.mat", "test_list.mat")]
+    lists = [[str(cell.item()) for cell in part] for part in cells]
+    return [[(root / "Images" / name, name.split("/")[0]) for name in names] for names in lists]
 
 
 def read_imagenet(root):
@@ -121,12 +114,7 @@ def read_imagenet(root):
     for split in ("train", "val"):
         if not (root / split).is_dir():
             torchvision.datasets.ImageNet(root, split)
-    return {"train": class_folders(root / "train")[0], "test": class_folders(root / "val")[0]}
-
-
-def in_class_folders(folder, names):
-    """Names <class>/<file> below a folder -> [(path, class), ...]."""
-    return [(folder / name, name.split("/")[0]) for name in names]
+    return [class_folders(root / split)[0] for split in ("train", "val")]
 
 
 def lines(path):
@@ -205,11 +193,9 @@ OFFICIAL = {
     ),
     "imagenet": Official(
         "ImageNet", read_imagenet, (1_000, 1_281_167, 50_000), "imagenet",
-        ("train", "val", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
-        test_name="val",
-        advice="--dataset folder reads class folders of any number, train/<class>/ and val/<class>/; where train/ and "
-               "val/ are absent, they are unpacked from ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and "
-               "ILSVRC2012_devkit_t12.tar.gz (image-net.org, after a registration)",
+        ("train", "val", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"), test_name="val",
+        advice="--dataset folder reads class folders of any number; train/ and val/, where absent, are unpacked from "
+               "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz (image-net.org)",
     ),
 }
 # fmt: on
@@ -219,12 +205,11 @@ def voc_lists(root, download=False):
     """The trainval lists of VOC2007 and VOC2012 and the test list of VOC2007 -> [{id: (image, mask)}, ...], paths.
     root is the folder that holds VOCdevkit/, or that folder itself.
     """
-    root = holder(root, "VOCdevkit")
-    lists = []
-    for key, name in (("2007", "2007/{}/trainval"), ("2012", "2012/{}/trainval"), ("2007-test", "2007/{}/test")):
-        file = root / f"VOCdevkit/VOC{name.format('ImageSets/Segmentation')}.txt"
-        url, md5 = DATASET_YEAR_DICT[key]["url"], DATASET_YEAR_DICT[key]["md5"]
-        lists.append(fetched(lambda: voc_list(file), [(url, md5)], root, download))
+    root, lists = holder(root, "VOCdevkit"), []
+    for year, name, key in ((2007, "trainval", "2007"), (2012, "trainval", "2012"), (2007, "test", "2007-test")):
+        file = root / f"VOCdevkit/VOC{year}/ImageSets/Segmentation/{name}.txt"
+        archive = DATASET_YEAR_DICT[key]
+        lists.append(fetched(lambda: voc_list(file), [(archive["url"], archive["md5"])], root, download))
     return lists
 
 
@@ -233,10 +218,8 @@ def voc_list(file):
     images, masks = (os.path.join(file.parents[2], name) for name in ("JPEGImages", "SegmentationClass"))
     try:
         pairs = {i: (os.path.join(images, f"{i}.jpg"), os.path.join(masks, f"{i}.png")) for i in lines(file)}
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{file} is missing, or no text") from None
-    if not pairs:
-        raise UserError(f"{file} names no image")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {one_line(error)}") from None
     check_files([path for pair in pairs.values() for path in pair], f"{file} is not whole")
     return pairs
 
@@ -246,49 +229,41 @@ def voc_list(file):
 
 def holder(root, name):
     """The folder that holds the folder `name`: root, or where root is that folder, its parent."""
-    return next((path.parent for path in (root, root.resolve()) if path.name == name), root)
+    return root.absolute().parent if root.absolute().name == name else root
 
 
 def fetched(check, archives, place, download, advice=""):
     """What check() returns; where it raises UserError, `download` fetches the archives and it is asked once more."""
-    urls = ", ".join(url for url, _ in archives)
-    advice = advice or f"fetch and unpack {urls} into {place}, or pass --download"
-    for last in (not (download and archives), True):
-        try:
-            return check()
-        except UserError as error:
-            if last:
-                raise UserError(f"{error}; {advice}") from None
-        for url, md5 in archives:
-            fetch(url, md5, place)
+    try:
+        return check()
+    except UserError as error:
+        if not (download and archives):
+            urls = ", ".join(url for url, _ in archives)
+            advice = advice or f"fetch and unpack {urls} into {place}, or pass --download"
+            raise UserError(f"{error}; {advice}") from None
+    for url, md5 in archives:
+        fetch(url, md5, place)
+    return check()
 
 
 def fetch(url, md5, folder):
-    """Downloads a file into a folder, compares its checksum where there is one, and unpacks it.
-    It gets its own name at the end: a download that was cut short is never taken for the archive.
-    """
+    """Downloads a file into a folder unless it is there, compares its checksum if it has one, and unpacks it."""
     archive = folder / url.rpartition("/")[2]
-    partial = archive.with_name("partial-" + archive.name)
-    source = archive if check_integrity(archive, md5) else partial
     try:
-        if source is partial:
-            if md5 is None:
-                partial.unlink(missing_ok=True)  # else torchvision takes what is there
-            download_url(url, folder, partial.name, md5)
+        if md5 is None and not zipfile.is_zipfile(archive):  # cut short, but torchvision would take it
+            archive.unlink(missing_ok=True)
+        download_url(url, folder, archive.name, md5)
         if archive.suffix != ".txt":
-            unpack(source, folder)
-        source.replace(archive)
+            unpack(archive, folder)
     except Exception as error:  # of urllib, tarfile, zipfile, zlib, the file system ...
-        what = f"unpack {archive}, remove it if it is broken" if source is archive else f"fetch {url} into {folder}"
-        raise UserError(f"cannot {what}: {one_line(error)}") from None
+        raise UserError(f"cannot fetch {url} and unpack it into {folder}: {one_line(error)}") from None
 
 
 def unpack(archive, folder):
     """Unpacks a tar or a zip, and writes nothing outside the folder."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as members:
-            members.extractall(folder)  # drops roots and .. by itself
-        return
+            return members.extractall(folder)  # drops roots and .. by itself
     with tarfile.open(archive) as members:
         if hasattr(tarfile, "data_filter"):
             return members.extractall(folder, filter="data")

@@ -86,8 +86,7 @@ def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=Fa
     elif dataset == "folder":
         data = read_folder(root)
     else:
-        found = archives.read(dataset, root, download)
-        data = data_of(found["train"], found["test"], archives.OFFICIAL[dataset].test_name)
+        data = data_of(*archives.read(dataset, root, download), archives.OFFICIAL[dataset].test_name)
     if per_class is not None:
         data.train = first_per_class(data.train, per_class, data.classes)
     if image_size <= DEVICE_RESIDENT:
