@@ -5,20 +5,17 @@
     for x, y in train.epoch(0): ...                          # x (B, 3, H, W) float, normalised, on the device
 
 For segmentation, `load_masks` and `MaskLoader`.
-
-Every random draw comes from a generator seeded by (seed, epoch), or by (seed, epoch, index) for one image. So the
-number of workers, their persistence and a resumed run change no number.
+Every random draw comes from a generator seeded by (seed, epoch), or by (seed, epoch, index) for one image. So neither
+the number of workers or processes nor a resumed run changes a number.
 """
 
 import hashlib
 import math
-import os
 import pickle
 import signal
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from experiments import archives
 from experiments.archives import UserError
@@ -56,10 +54,6 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def subset(self, keep):
-        images = self.images[keep] if torch.is_tensor(self.images) else [self.images[i] for i in keep.tolist()]
-        return Split(images, self.labels[keep])
-
 
 @dataclass
 class Data:
@@ -75,12 +69,12 @@ class Data:
 
 
 def load(dataset, *, data_dir="data", image_size=32, per_class=None, download=False, splits=("train", "test")):
-    """Reads a data set: name, folder, size in pixels, the first `per_class` training images of each class -> Data.
+    """Reads a data set, at a size in pixels, of the training images the first `per_class` of each class -> Data.
     Up to 64 px the images of the named splits come back as a uint8 tensor of that size, otherwise as they lie on disk.
     """
     root = Path(data_dir).expanduser()
     if dataset == "shapes":
-        data = draw_data(image_size)
+        data = Data(*(Split(*draw_shapes(n, image_size, seed)[:2]) for n, seed in SHAPES_DRAWN), list(SHAPES))
     elif dataset == "cifar100":
         data = read_cifar100(root, download)
     elif dataset == "folder":
@@ -104,27 +98,24 @@ def data_of(train, test, test_name="test", notes=()):
     return Data(*splits, classes, test_name, notes=notes)
 
 
+def class_range(labels):
+    """Of each image, where its class begins and how many it has; the images are sorted by class."""
+    counts = labels.bincount()
+    return (counts.cumsum(0) - counts)[labels], counts[labels]
+
+
 def first_per_class(split, n, classes):
-    """The first n images of each class, in sorted order."""
-    keep = []
-    for c, name in enumerate(classes):
-        index = (split.labels == c).nonzero().flatten()
-        if len(index) < n:
-            raise UserError(f"class {name} has {len(index)} training images, fewer than --per-class {n}")
-        keep.append(index[:n])
-    return split.subset(torch.cat(keep))
+    first, count = class_range(split.labels)
+    if count.min() < n:
+        name = classes[split.labels[count.argmin()]]
+        raise UserError(f"class {name} has {count.min()} training images, fewer than --per-class {n}")
+    keep = (torch.arange(len(split)) - first < n).nonzero().flatten()
+    images = split.images[keep] if torch.is_tensor(split.images) else [split.images[i] for i in keep]
+    return Split(images, split.labels[keep])
 
 
-CIFAR100_CLASSES = (
-    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
-    "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant "
-    "flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man "
-    "maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree "
-    "plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper "
-    "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train "
-    "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
-).split()
-CIFAR100_COUNTS = {"train": 500, "test": 100}  # images of each class
+# SHA-256 of the names of its classes with their images, 500 and 100, in training and test.
+CIFAR100_FOLDERS = "20d0cd2e0eda41243374f2e8a96dc0a13813dcc7735de9bc843dbee57ab6cef9"
 
 
 def read_cifar100(root, download=False):
@@ -136,25 +127,27 @@ def read_cifar100(root, download=False):
 
     def whole():
         if (root / cifar.base_folder).is_dir():
-            return Data(*(read_cifar100_archive(root, split) for split in CIFAR100_COUNTS), CIFAR100_CLASSES)
-        if (root / "train").is_dir() and (root / "test").is_dir():
-            splits = [archives.class_folders(root / split)[0] for split in CIFAR100_COUNTS]
-            counts = [Counter(name for _, name in samples) for samples in splits]
-            if counts == [dict.fromkeys(CIFAR100_CLASSES, n) for n in CIFAR100_COUNTS.values()]:
-                return data_of(*splits)
+            return read_cifar100_archive(root)
+        parts = [archives.class_folders(root / name)[0] for name in ("train", "test") if (root / name).is_dir()]
+        counts = [sorted(Counter(name for _, name in part).items()) for part in parts]
+        if hashlib.sha256(repr(counts).encode()).hexdigest() == CIFAR100_FOLDERS:
+            return data_of(*parts)
         raise UserError(f"no CIFAR-100 in {root}: neither {cifar.base_folder}/ nor its 60,000 images as class folders")
 
     return archives.fetched(whole, [(cifar.url, cifar.tgz_md5)], root, download)
 
 
-def read_cifar100_archive(root, split):
-    try:
-        source = torchvision.datasets.CIFAR100(root, train=split == "train")  # compares the checksums
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"CIFAR-100 in {root} is not whole: {archives.one_line(error)}") from None
-    names = pickle.loads((root / source.base_folder / split).read_bytes(), encoding="latin1")["filenames"]
-    order = torch.tensor(sorted(range(len(names)), key=lambda i: (source.targets[i], names[i])))
-    return Split(torch.from_numpy(source.data), torch.tensor(source.targets)).subset(order)
+def read_cifar100_archive(root):
+    splits = []
+    for name in ("train", "test"):
+        try:
+            source = torchvision.datasets.CIFAR100(root, train=name == "train")  # compares the checksums
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"CIFAR-100 in {root} is not whole: {archives.one_line(error)}") from None
+        names = pickle.loads((root / source.base_folder / name).read_bytes(), encoding="latin1")["filenames"]
+        order = sorted(range(len(names)), key=lambda i: (source.targets[i], names[i]))
+        splits.append(Split(torch.from_numpy(source.data)[order], torch.tensor(source.targets)[order]))
+    return Data(*splits, source.classes)
 
 
 def read_folder(root):
@@ -162,14 +155,10 @@ def read_folder(root):
     names = [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not names:
         raise UserError(f"{root} needs train/<class>/* and val/, valid/, validation/ or test/")
-    train, unused = archives.class_folders(root / "train")
-    test, more = archives.class_folders(root / names[0])
-    classes = {name for _, name in train}
-    extra = sorted({name for _, name in test} - classes)
+    (train, unused), (test, more) = (archives.class_folders(root / name) for name in ("train", names[0]))
+    extra = {name for _, name in test} - {name for _, name in train}
     if extra:
-        raise UserError(f"{root / names[0]} has the class {extra[0]}, which {root / 'train'} lacks")
-    if len(classes) < 2:
-        raise UserError(f"{root / 'train'} has one class, {train[0][1]}: a classifier needs two")
+        raise UserError(f"{root / names[0]} has the class {min(extra)}, which {root / 'train'} lacks")
     notes = []
     if len(names) > 1:
         notes.append(f"evaluated on {root / names[0]}; not read: {', '.join(names[1:])}")
@@ -180,10 +169,7 @@ def read_folder(root):
 
 def folder_image_size(root):
     """The size at which a folder's images are trained unless told: the shorter side of the first, above 64 px 224."""
-    first = read_folder(Path(root).expanduser()).train.images[0]
-    short = min(read_image(first).size)
-    if short < 8:
-        raise UserError(f"{first}: a side of {short} pixels, fewer than 8: say with --image-size what to enlarge it to")
+    short = min(read_image(read_folder(Path(root).expanduser()).train.images[0]).size)
     return short if short <= DEVICE_RESIDENT else 224
 
 
@@ -191,7 +177,11 @@ def folder_image_size(root):
 
 
 def read_image(path):
-    """A file as a PIL image in RGB, turned as viewers show it; images of more than 8 bits a channel are refused."""
+    """A file as a PIL image in RGB, turned as viewers show it; more than 8 bits a channel are refused.
+    Or an image that is in memory, uint8 (H, W, 3).
+    """
+    if torch.is_tensor(path):
+        return Image.fromarray(path.numpy())
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
@@ -214,17 +204,10 @@ def decode(images, size, what):
     decoded = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
 
     def one(i):
-        decoded[i] = fit(as_pil(images[i])).permute(1, 2, 0)
+        decoded[i] = fit(read_image(images[i])).permute(1, 2, 0)
 
-    with ThreadPool(os.cpu_count()) as pool:
-        for _ in tqdm(pool.imap_unordered(one, range(len(images)), 64), what, len(images), leave=False, disable=None):
-            pass
+    thread_map(one, range(len(images)), tqdm_class=tqdm, desc=what, leave=False, disable=None)
     return decoded
-
-
-def as_pil(image):
-    """A path or a uint8 tensor (H, W, 3) -> PIL image."""
-    return Image.fromarray(image.numpy()) if torch.is_tensor(image) else read_image(image)
 
 
 # ---------------------------------------------------------------------------------------------- shapes, drawn
@@ -297,12 +280,7 @@ def _draw(labels, size, g):
     return pixels, (covered * (labels + 1).view(-1, 1, 1)).byte()
 
 
-SHAPES_DRAWN = ((200, 1), (100, 2))  # images a class and seed, of training and test
-
-
-def draw_data(size):
-    """The data set `shapes`: eight classes, 200 training and 100 test images each, always the same."""
-    return Data(*(Split(*draw_shapes(n, size, seed)[:2]) for n, seed in SHAPES_DRAWN), list(SHAPES))
+SHAPES_DRAWN = ((200, 1), (100, 2))  # images a class and seed, of training and test, always the same
 
 
 # ------------------------------------------------------------------------------- segmentation: images and masks
@@ -332,36 +310,38 @@ def read_voc(root, protocol="clean", download=False):
     Paper vs code: both train on VOC2012's whole list, and so on every test image.
     """
     train, more, test = archives.voc_lists(root, download)
-    ids = {image_id: image_id.removeprefix("2007_") for image_id in more}  # as VOC2007 has them
+    more = {image_id.removeprefix("2007_"): pair for image_id, pair in more.items()}  # the id in VOC2007
     if protocol == "clean":
-        more = {image_id: pair for image_id, pair in more.items() if ids[image_id] not in train | test}
-    leaked = test.keys() & {*train, *(ids[image_id] for image_id in more)}
+        more = {image_id: pair for image_id, pair in more.items() if image_id not in train | test}
+    leaked = test.keys() & (train | more).keys()
     splits = [Split(*map(list, zip(*pairs))) for pairs in ([*train.values(), *more.values()], test.values())]
     names = archives.holder(root, "VOCdevkit") / "VOCdevkit/classes.txt"
     classes = archives.lines(names) if names.exists() else VOC_CLASSES
     return Data(*splits, classes, "VOC2007 test", len(leaked))
 
 
-def read_mask(path, num_classes):
-    """A PNG of class numbers, with a palette or grey -> uint8 (H, W)."""
+def read_mask(path, size, num_classes):
+    """A PNG of class numbers, with a palette or grey, of a size (W, H) -> uint8 (H, W)."""
     try:
         with Image.open(path) as mask:
             if mask.mode not in ("P", "L"):
-                raise ValueError(f"mode {mask.mode}, not class numbers with a palette (P) or grey (L)")
+                raise ValueError(f"the mask has mode {mask.mode}, not class numbers with a palette (P) or grey (L)")
+            if mask.size != size:
+                raise ValueError("the mask has {}x{} pixels, its image upright {}x{}".format(*mask.size, *size))
             mask = v2.functional.pil_to_tensor(mask)[0]
+            beyond = mask[(mask >= num_classes) & (mask != VOID)]
+            if len(beyond):
+                raise ValueError(f"the label {beyond[0]} is neither a class, 0 to {num_classes - 1}, nor void, {VOID}")
+            return mask
     except Exception as error:  # as for images
-        raise UserError(f"{path}: not a readable mask ({error})") from None
-    beyond = mask[(mask >= num_classes) & (mask != VOID)]
-    if len(beyond):
-        raise UserError(f"{path}: the label {beyond[0]} is neither a class, 0 to {num_classes - 1}, nor void, {VOID}")
-    return mask
+        raise UserError(f"{path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ seeds
 
 
 def seed_of(*key):
-    """One 56-bit seed for a key: (seed, epoch), (seed, epoch, index) or (seed, epoch, "what for", ...)."""
+    """A seed of 56 bits for a key: (seed, epoch), (seed, epoch, index) or (seed, epoch, "what for", ...)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
@@ -388,18 +368,16 @@ def make_loader(split, *, image_size, workers=0, **kwargs):
 
 
 class Loader:
-    """What the loaders share.
-    epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,), or soft y (B, num_classes) where
-    `mix`, v2.MixUp or v2.CutMix, mixes each batch. Training drops the last partial batch.
-    Of several processes, each has a loader: in training of its slice of each batch, in evaluation of every
-    processes-th batch. What is drawn for an image does not depend on their number.
+    """What the loaders share: epoch(e) yields x (B, 3, H, W) float32, normalised, channels_last, and y (B,).
+    Training drops the last partial batch. Of several processes each yields its slice of every training batch, and
+    every processes-th batch of the evaluation: together what one would, bit for bit.
+    mix: v2.MixUp or v2.CutMix, of each batch; y is then soft, (B, num_classes).
     Paper vs code: torchvision mixes each image with the one before it in the shuffled batch, the authors by a
     permutation. CutMix mixes every batch, as theirs; its own code mixes half of them on CIFAR.
 
     pairs: what goes with each image, for a method that declares it (see baselines.py): "view", another augmentation
     of it, "class", an image of its class drawn uniformly. x is then (2 B, 3, H, W), the second images behind the
     first; both halves are mixed alike.
-
     raw([i, ...]): images of the test split as they are evaluated, before normalisation: uint8 (N, 3, H, W).
     """
 
@@ -417,36 +395,38 @@ class Loader:
         self.mean, self.std = (255 * torch.tensor(s, device=device).view(1, 3, 1, 1) for s in stats)
 
     def __len__(self):
-        """Steps of an epoch of this process."""
-        if self.train:
-            return len(self.split) // self.batch_size
-        return len(range(self.rank, math.ceil(len(self.split) / self.batch_size), self.processes))
+        return len(self.batches(0))
 
     def epoch(self, epoch=0):
+        halves = 2 if self.pairs else 1
         for step, (x, y) in enumerate(self.augmented(epoch)):
             if self.mix:
                 with seeded(self.seed, epoch, "mixing", step):
                     x, y = self.mix(x, y)
-            yield x, y[: len(y) // 2] if self.pairs else y  # the second half has the labels of the first
+                if self.processes > 1:  # without the image of another process, the first of each half
+                    x, y = (torch.cat([half[1:] for half in part.chunk(halves)]) for part in (x, y))
+            yield x, y[: len(y) // halves]  # the second half has the labels of the first
 
     def batches(self, epoch, device="cpu"):
-        """The indices of each batch of an epoch, of this process; shuffled in training."""
-        n = len(self.split)
+        """The indices of each batch of this process; in training shuffled, N + i being what goes with image i of N."""
+        n, size = len(self.split), self.batch_size
         if not self.train:
-            return torch.arange(n, device=device).split(self.batch_size)[self.rank :: self.processes]
-        order = torch.randperm(n, generator=generator(self.seed, epoch)).to(device)
-        whole = order[: len(self) * self.batch_size].split(self.batch_size)
-        return [batch.tensor_split(self.processes)[self.rank] for batch in whole]
+            return torch.arange(n, device=device).split(size)[self.rank :: self.processes]
+        whole = torch.randperm(n, generator=generator(self.seed, epoch))[: n // size * size].view(-1, size)
+        share = torch.arange(size).view(self.processes, -1)[self.rank]
+        if self.mix and self.processes > 1:
+            share = torch.cat([share[:1] - 1, share])  # the image before it, with which its first one is mixed
+        if self.pairs:
+            whole, share = torch.cat([whole, whole + n], 1), torch.cat([share, share + size])
+        return whole[:, share].to(device)
 
     def partners(self, epoch):
         """The index of the image that goes with each: (N,)."""
         if self.pairs == "view":
             return torch.arange(len(self.split))
-        labels = self.split.labels
-        counts = labels.bincount()
-        first = counts.cumsum(0) - counts  # where a class begins: the images are sorted by it
-        share = torch.rand(len(labels), dtype=torch.float64, generator=generator(self.seed, epoch, "partners"))
-        return first[labels] + (share * counts[labels]).long()
+        first, count = class_range(self.split.labels)
+        share = torch.rand(len(first), dtype=torch.float64, generator=generator(self.seed, epoch, "partners"))
+        return first + (share * count).long()
 
     def normalize(self, x):
         return (x.float() - self.mean) / self.std
@@ -459,31 +439,27 @@ class DeviceLoader(Loader):
     resized crops from its 64 px.
     """
 
-    def __init__(self, split, *, pad=4, **kwargs):
+    def __init__(self, split, **kwargs):
         super().__init__(split, **kwargs)
-        self.size, self.pad = split.images.shape[1], pad
-        images = F.pad(split.images, (0, 0, pad, pad, pad, pad)) if self.train else split.images
-        self.images, self.labels = images.to(self.device), split.labels.to(self.device)
+        self.size, self.pad = split.images.shape[1], 4 if self.train else 0
+        self.images = F.pad(split.images, (0, 0, *4 * [self.pad])).to(self.device)
+        self.labels = split.labels.to(self.device)
 
     def augmented(self, epoch):
-        everyone = torch.arange(len(self.split), device=self.device)
-        halves = [(everyone, *self.windows(epoch, "augmentation"))]
+        image, (rows, cols) = torch.arange(len(self.split)), self.windows(epoch, "augmentation")
         if self.pairs:
-            halves.append((self.partners(epoch).to(self.device), *self.windows(epoch, "augmentation of the partners")))
+            more = self.partners(epoch), *self.windows(epoch, "augmentation of the partners")
+            image, rows, cols = map(torch.cat, zip((image, rows, cols), more))
+        image = image.to(self.device)
         for index in self.batches(epoch, self.device):  # moved all at once: a copy a step would wait for the device
-            parts = [(image[index], rows[index], cols[index]) for image, rows, cols in halves]
-            image, rows, cols = map(torch.cat, zip(*parts))
-            x = self.images[image[:, None, None], rows[:, :, None], cols[:, None, :]]  # (B, H, W, 3)
-            yield self.normalize(x.permute(0, 3, 1, 2)), self.labels[image]
+            x = self.images[image[index][:, None, None], rows[index][:, :, None], cols[index][:, None, :]]
+            yield self.normalize(x.permute(0, 3, 1, 2)), self.labels[image[index]]
 
     def windows(self, *key):
-        """Which rows of each padded image are read, (N, H), and which columns, (N, W); in training drawn from a key."""
-        span, n = torch.arange(self.size, device=self.device), len(self.split)
-        if not self.train:
-            return span.expand(n, -1), span.expand(n, -1)
-        g = generator(self.seed, *key)
+        """Which rows of each padded image are read, (N, H), and which columns, (N, W), drawn from a key."""
+        g, n, span = generator(self.seed, *key), len(self.split), torch.arange(self.size, device=self.device)
         top, left = torch.randint(2 * self.pad + 1, (2, n), generator=g).to(self.device)
-        flip = (torch.rand(n, generator=g) < 0.5).to(self.device)
+        flip = (torch.rand(n, generator=g) < 0.5).to(self.device) & self.train
         return top[:, None] + span, left[:, None] + torch.where(flip[:, None], span.flip(0), span)
 
     def raw(self, index):
@@ -496,58 +472,73 @@ class WorkerLoader(Loader):
     Paper vs code: the paper says "random cropping and flipping"; these are the authors' transforms.
     """
 
+    collate = staticmethod(default_collate)
+
     def __init__(self, split, *, image_size, workers=0, **kwargs):
         super().__init__(split, **kwargs)
         self.dataset = self.make_dataset(image_size)
         self.keys = []  # refilled for each epoch: the workers stay, and learn the epoch from the key of each image
         self.loader = DataLoader(
-            self.dataset,
-            batch_sampler=self.keys,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.device(self.device).type == "cuda",
-            collate_fn=self.collate,
-            worker_init_fn=init_worker,
+            self.dataset, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
+            pin_memory=torch.device(self.device).type == "cuda", worker_init_fn=init_worker,
+            collate_fn=default_collate if self.train else self.collate,
             generator=torch.Generator(),  # else it draws from the global generator, which dropout reads
-        )
+        )  # fmt: skip
 
-    collate = staticmethod(default_collate)
-
-    def make_dataset(self, image_size):
+    def make_dataset(self, size):
+        steps = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
         if self.train:
-            steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-        else:
-            steps = [v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)]
+            steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
         return SeededDataset(self.split, v2.Compose([*steps, v2.PILToTensor()]), self.seed)
 
     def augmented(self, epoch):
-        self.keys[:] = [[(epoch, i) for i in index.tolist()] for index in self.batches(epoch)]
-        if self.pairs:
-            partners = self.partners(epoch).tolist()
-            self.keys[:] = [keys + [(epoch, partners[i], i) for _, i in keys] for keys in self.keys]
+        n, partners = len(self.split), self.partners(epoch).tolist() if self.pairs else []
+        keys = [(epoch, i) for i in range(n)] + [(epoch, partner, i) for i, partner in enumerate(partners)]
+        self.keys[:] = [[keys[i] for i in index.tolist()] for index in self.batches(epoch)]
         for x, y in self.loader:
             x = x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
             yield self.normalize(x), self.labels_to_device(y)
 
     def labels_to_device(self, y):
-        return y.to(self.device, non_blocking=True)
+        if isinstance(y, list):  # masks of different sizes
+            return [self.labels_to_device(mask) for mask in y]
+        return y.to(self.device, non_blocking=True).long()
 
     def raw(self, index):
         return torch.stack([self.dataset[0, int(i)][0] for i in index]).to(self.device)
 
 
+@dataclass
 class SeededDataset(Dataset):
     """An image by its key (epoch, index) -> uint8 (3, H, W), label; augmented by a draw from (seed, epoch, index).
     With a third number in the key, the image it goes with, the draw is from all three.
     """
 
-    def __init__(self, split, transform, seed):
-        self.split, self.transform, self.seed = split, transform, seed
+    split: Split
+    transform: v2.Transform
+    seed: int
 
     def __getitem__(self, key):
-        _, index, *_ = key
+        image, label = self.read(key[1])
         with seeded(self.seed, *key):
-            return self.transform(as_pil(self.split.images[index])), self.split.labels[index]
+            return self.transform(image, label)
+
+    def read(self, index):
+        return read_image(self.split.images[index]), self.split.labels[index]
+
+
+@dataclass
+class MaskDataset(SeededDataset):
+    """An image and its mask, which where `together` is changed as the image is -> uint8 (3, h, w), uint8 (H, W)."""
+
+    num_classes: int
+    together: bool
+
+    def read(self, index):
+        image, mask = super().read(index)
+        if not torch.is_tensor(mask):
+            mask = read_mask(mask, image.size, self.num_classes)
+        return image, tv_tensors.Mask(mask) if self.together else mask  # transforms leave a plain tensor as it is
 
 
 class MaskLoader(WorkerLoader):
@@ -564,22 +555,19 @@ class MaskLoader(WorkerLoader):
         super().__init__(split, **kwargs)
 
     def make_dataset(self, size):
-        transform = v2.Resize((size, size))
+        steps = [v2.Resize((size, size))]
         if self.train:
             shortest = ShortestSize(range(size // 2, 2 * size + 1))
             crop = v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: VOID})
             blur = v2.RandomApply([v2.GaussianBlur(7, (0.001, 1.0))])
-            transform = v2.Compose([shortest, crop, v2.RandomHorizontalFlip(), blur])
+            steps = [shortest, crop, v2.RandomHorizontalFlip(), blur]
+        transform = v2.Compose([v2.ToImage(), *steps, v2.ToPureTensor()])
         return MaskDataset(self.split, transform, self.seed, len(self.classes), self.train)
 
     @staticmethod
     def collate(samples):
         images, masks = zip(*samples)
         return torch.stack(images), list(masks)
-
-    def labels_to_device(self, masks):
-        masks = [mask.to(self.device, non_blocking=True).long() for mask in masks]
-        return torch.stack(masks) if self.train else masks
 
 
 class ShortestSize(v2.RandomShortestSize):
@@ -590,30 +578,6 @@ class ShortestSize(v2.RandomShortestSize):
             return super().transform(x, params)
         mask = F.interpolate(x.as_subclass(torch.Tensor)[None, None], params["size"], mode="nearest-exact")
         return tv_tensors.Mask(mask[0, 0])
-
-
-class MaskDataset(SeededDataset):
-    """An image and its mask by their key (epoch, index) -> uint8 (3, h, w), uint8 (H, W).
-    together: the transform changes the mask as it does the image, else the image alone.
-    """
-
-    def __init__(self, split, transform, seed, num_classes, together):
-        super().__init__(split, transform, seed)
-        self.num_classes, self.together = num_classes, together
-
-    def __getitem__(self, key):
-        _, index = key
-        image, mask = as_pil(self.split.images[index]), self.split.labels[index]
-        if not torch.is_tensor(mask):
-            path, mask = mask, read_mask(mask, self.num_classes)
-            if mask.shape != (image.height, image.width):
-                sizes = f"{mask.shape[1]}x{mask.shape[0]} pixels, its image upright {image.width}x{image.height}"
-                raise UserError(f"{path}: the mask has {sizes}")
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(image))
-        mask = tv_tensors.Mask(mask) if self.together else mask  # a plain tensor beside an Image stays as it is
-        with seeded(self.seed, *key):
-            pair = self.transform(image, mask)
-        return tuple(part.as_subclass(torch.Tensor) for part in pair)
 
 
 def init_worker(_):
