@@ -69,8 +69,8 @@ def train(args, checkpoint):
 
 @torch.no_grad()
 def evaluate(net, loader, args):
-    """-> miou, the mean of the classes' IoU in percent, nan if a logit is no number; iou, a dict by class, None where
-    the class is neither in the masks nor predicted. Of a network at rest, at the masks' own sizes.
+    """-> miou, mean IoU in percent, nan if a logit is no number; iou, a dict by class, None where the class is neither
+    in the masks nor predicted. Of a network at rest, at the masks' own sizes.
     Paper vs code: the paper is silent; the authors squeeze the masks to the network's size.
     """
     net.eval()
@@ -82,23 +82,16 @@ def evaluate(net, loader, args):
             logits = net(x)
         counts[-1] += (~logits.isfinite()).sum()
         for z, mask in zip(logits, masks):
-            counts[:-1] += confusion_matrix(resized(z[None], mask.shape).argmax(1)[0], mask, n).flatten()
+            predicted, seen = resized(z[None], mask.shape).argmax(1)[0], mask != VOID
+            counts[:-1] += torch.bincount(n * mask[seen] + predicted[seen], minlength=n * n)
     *confusion, not_finite = runs.all_reduced(counts).tolist()
-    if not any(confusion):
-        raise UserError("every pixel of the test masks is void")
     iou = 100 * intersection_over_union(torch.tensor(confusion).view(n, n))
     by_class = {name: None if math.isnan(value) else value for name, value in zip(loader.classes, iou.tolist())}
     return dict(miou=math.nan if not_finite else iou.nanmean().item(), iou=by_class)
 
 
-def confusion_matrix(predicted, mask, num_classes):
-    """Pixels that are not void by true class (rows) and predicted class: two int64 of one shape -> (C, C) int64."""
-    pairs = num_classes * mask[mask != VOID] + predicted[mask != VOID]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
 def intersection_over_union(confusion):
-    """(C, C) -> (C,) float64; nan for a class that is neither in the masks nor predicted."""
+    """Confusion matrix (C, C), rows the true class -> (C,) float64; nan for a class neither there nor predicted."""
     hits = confusion.diag().double()
     return hits / (confusion.sum(0) + confusion.sum(1) - hits)
 
@@ -121,10 +114,9 @@ class Node(frskd.Node):
 
 class BiFPNLayer(nn.Module):
     """One BiFPN layer of EfficientDet: n maps (B, dim, H_i, W_i), shallow to deep -> n maps of the same shapes.
-    P_n = L_n,  P_i = Node(L_i, Resize(P_{i+1}))                      top-down
-    T_1 = P_1,  T_i = Node(L_i, P_i, Resize(T_{i-1}))                 bottom-up, T_n without P_n
-
-    bottom_up=False has the top-down path alone and returns its maps. Source: Sec. 4.2 and EfficientDet, [28].
+    P_n = L_n,  P_i = Node(L_i, Resize(P_{i+1}))         top-down; bottom_up=False returns these
+    T_1 = P_1,  T_i = Node(L_i, P_i, Resize(T_{i-1}))    bottom-up, T_n without P_n
+    Source: Sec. 4.2 and EfficientDet, [28].
     Paper vs code: the authors have 1x1 depthwise convolutions, plain sums, ReLU, and no pooling.
     """
 
@@ -161,22 +153,21 @@ def resized(logits, size):
 
 class EfficientDet(nn.Module):
     """The student: EfficientNet up to its last stage, levels P2..P7, three BiFPN layers, a head on P2.
-    forward: (B, 3, H, W) -> logits (B, num_classes, H, W), float32; features: -> logits, feats, the 6 maps
-    (B, dim, H / 2^i, W / 2^i), i = 2..7, sizes rounded up, that the self-teacher reads, the head P2 alone. So the last
-    layer's bottom-up path learns from the self-teacher's losses, and nothing in the baseline. arch: d0 or d1.
+    forward: (B, 3, H, W) -> logits (B, num_classes, H, W), float32; features: -> logits, feats, 6 maps
+    (B, dim, H / 2^i, W / 2^i), i = 2..7, sizes rounded up, for the self-teacher.
     Paper vs code: the authors tap 80 channels for P4, leave out the swish behind the backbone's first convolution, and
     make P6 and P7 by strided convolutions, of the backbone's map and of P6.
     """
 
-    def __init__(self, arch, num_classes, layers=3):
+    def __init__(self, arch, num_classes):
         super().__init__()
         backbone, dim = BACKBONES[arch]
         net = torchvision.models.get_model(backbone, weights=None, stochastic_depth_prob=0.0)
         self.backbone = net.features[:8]  # without the 1x1 convolution that the classifier reads
         c_in = [*TAPS.values(), TAPS[7]]  # P2..P5, and P6 before its pooling
-        laterals = ([nn.Conv2d(c, dim, 1, bias=False), nn.BatchNorm2d(dim)] for c in c_in)
-        self.lateral = nn.ModuleList(nn.Sequential(*layers_) for layers_ in laterals)
-        self.bifpn = nn.Sequential(*(BiFPNLayer(dim) for _ in range(layers)))
+        laterals = ((nn.Conv2d(c, dim, 1, bias=False), nn.BatchNorm2d(dim)) for c in c_in)
+        self.lateral = nn.ModuleList(nn.Sequential(*layers) for layers in laterals)
+        self.bifpn = nn.Sequential(*(BiFPNLayer(dim) for _ in range(3)))
         self.head = segmentation_head(dim, num_classes)
         self.channels = [dim] * 6
 
@@ -246,10 +237,8 @@ def ramp(epoch, warmup_epochs, ramp_epochs):
 
 class SegmentationFRSKD(frskd.FRSKD):
     """Eq. 5 with every loss at each pixel; alpha and beta rise by `ramp` after a warm-up.
-    student: an EfficientDet, teacher: a SelfTeacher on its maps. alpha, beta: 1, 50 (appendix).
-    method(x, y): x (B, 3, H, W), y (B, H, W) class numbers or VOID -> terms, WEIGHTED scalars `ce`, `ce_t`, `kd`,
-    `feat`, the last two after the warm-up only; logits (B, num_classes, H, W), detached. method(x): the logits.
-    set_epoch(epoch, epochs) before each epoch: without it nothing is distilled.
+    method(x, y): x (B, 3, H, W), y (B, H, W) class numbers or VOID -> terms, `kd` and `feat` after the warm-up only;
+    logits (B, num_classes, H, W), detached. set_epoch before each epoch: without it nothing is distilled.
     """
 
     def __init__(self, student, teacher, *, warmup_epochs=40, ramp_epochs=20, **weights):
@@ -290,7 +279,7 @@ def build_frskd(student, num_classes, *, alpha, beta, temperature, warmup_epochs
 
 
 def build_baseline(student, num_classes):
-    student.bifpn[-1].bottom_up.requires_grad_(False)  # the head reads P2: no loss reaches it, which torch has to know
+    student.bifpn[-1].bottom_up.requires_grad_(False)  # the head reads P2: no loss reaches it, and DDP asks
     return SegmentationBaseline(student)
 
 
@@ -304,17 +293,10 @@ def build(args, num_classes, resumed=False):
     options = {key: getattr(args, key) for key in runs.keywords(METHODS[args.method])}
     method = METHODS[args.method](student, num_classes, **options)
     if not resumed and args.weights != "none":
-        name, _ = BACKBONES[args.arch]
-        net = torchvision.models.get_model(name)
-        if args.weights == "imagenet":
-            weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-            try:
-                with runs.first_process_first():
-                    net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
-            except Exception as error:  # of urllib, of the file system, a checksum that differs
-                said = f"--weights imagenet: cannot fetch {weights.url}: {runs.one_line(error)}"
-                raise UserError(f"{said}; name the file as --weights FILE, or --weights none") from None
-        else:
+        imagenet = "IMAGENET1K_V1" if args.weights == "imagenet" else None
+        with runs.first_process_first():  # who fetches them
+            net = torchvision.models.get_model(BACKBONES[args.arch][0], weights=imagenet)
+        if not imagenet:
             runs.load_weights(net, args.weights)
         student.backbone.load_state_dict(net.features[:8].state_dict())
     return method.to(args.device, memory_format=torch.channels_last)
@@ -347,11 +329,10 @@ def recipe(given):
     dataset, method = given.get("dataset", "shapes"), given.get("method", "frskd")
     values = dict(RECIPES[dataset], dataset=dataset, method=method)
     epochs = given.get("epochs", values["epochs"])
-    values["milestones"] = [int(epochs * 2 / 3)] if epochs > 1 else []  # Sec. 4.2: 40 of 60
-    values["warmup_epochs"] = int(epochs * 2 / 3)  # appendix
+    start = int(epochs * 2 / 3)  # 40 of 60, of the lower learning rate (Sec. 4.2) and of distillation (appendix)
     warmup = given.get("warmup_epochs")
-    warmup = values["warmup_epochs"] if warmup is None else warmup  # None in a baseline's checkpoint, too
-    values["ramp_epochs"] = max(1, epochs - warmup)
+    warmup = start if warmup is None else warmup  # None in a baseline's checkpoint, too
+    values |= dict(milestones=[start] if start else [], warmup_epochs=start, ramp_epochs=max(1, epochs - warmup))
     values |= runs.untaken(METHODS, method, given)
     if method == "frskd" and warmup >= epochs:
         raise UserError(f"--warmup-epochs {warmup}: distillation would never start in {epochs} epochs")
