@@ -1,6 +1,7 @@
 """Pictures: the paper's attention maps, predictions of segmentation, curves of runs. Needs no display."""
 
 import io
+import itertools
 import textwrap
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,8 @@ from experiments import runs
 from experiments.data import VOID
 
 # Grey is the background's. Any two, and white, lie apart for readers who lack one of the three cones, too.
-PALETTE = [to_rgb(f"#{c}") for c in "b0b0b0 000080 ffa000 e02000 60a0ff 802020 a040a0 8040ff 400020 00ffa0".split()]
+HEX = "b0b0b0 000080 ffa000 e02000 60a0ff 802020 a040a0 8040ff 400020 00ffa0 f05a5a a5ff4b ffb4f0 5a00c3 692d5a c369c3"
+PALETTE = [to_rgb(f"#{c}") for c in f"{HEX} 5ae169 2d872d 879687 2d0f4b 96ffd2".split()]
 NO_TERMS = (*runs.METRICS, "train_top1", "iou", "epoch", "lr", "images_per_s", "seconds")  # of a log's keys
 STYLE = matplotlib.rc_context({"font.size": 8, "axes.titlesize": 8, "text.parse_math": False})  # a class may be "$5"
 
@@ -39,11 +41,11 @@ def draw_attention(path, method, loader, classes):
     if isinstance(getattr(method, "teacher", None), frskd.SelfTeacher):
         networks["self-teacher"] = method.teacher(feats)
     figure, axes = grid(len(index) * len(networks), ["input"] + [f"block {i + 1}" for i in range(len(feats))])
-    rows = [(n, *network) for n in range(len(index)) for network in networks.items()]
-    for (n, name, (logits, feats)), (first, *others) in zip(rows, axes):
+    rows = itertools.product(range(len(index)), networks.items())
+    for (n, (name, (logits, feats))), (first, *others) in zip(rows, axes):
         image = raw[n].permute(1, 2, 0).cpu().numpy()
         first.imshow(image)
-        said = [f"true: {classes[labels[index[n]]]}", f"{name}: {classes[logits[n].argmax()]}"]
+        said = f"true: {classes[labels[index[n]]]}", f"{name}: {classes[logits[n].argmax()]}"
         label = "\n".join(textwrap.fill(line, 28, break_on_hyphens=False) for line in said)
         first.text(-0.06, 0.5, label, ha="right", va="center", transform=first.transAxes)
         for feat, ax in zip(feats, others):
@@ -75,11 +77,10 @@ def draw_predictions(path, method, loader, classes):
     for i, (first, *others) in zip(index, axes):
         image, mask = loader.dataset[0, i]  # uint8 (3, S, S), (H, W)
         logits, feats = features(method, loader, image[None].to(loader.device))
-        masks = [mask.cpu().long(), predicted(logits, mask.shape)]
-        if hasattr(method, "teacher"):
-            masks.append(predicted(method.teacher(feats)[0], mask.shape))
+        logits = [logits, method.teacher(feats)[0]] if hasattr(method, "teacher") else [logits]
+        predicted = [F.interpolate(z.float(), mask.shape, mode="bilinear")[0].argmax(0).cpu() for z in logits]
         first.imshow(image.permute(1, 2, 0).numpy(), extent=(0, mask.shape[1], mask.shape[0], 0))  # not squeezed
-        for mask, ax in zip(masks, others):
+        for mask, ax in zip([mask.cpu().long(), *predicted], others):
             ax.imshow(colors[mask].numpy(), interpolation="nearest")
             found |= set(mask.unique().tolist())
     names = {c: "void, not counted" if c == VOID else classes[c] for c in sorted(found)}
@@ -87,13 +88,8 @@ def draw_predictions(path, method, loader, classes):
     return save(figure, path, patches)
 
 
-def predicted(logits, size):
-    """Logits (1, num_classes, h, w) -> classes (H, W)."""
-    return F.interpolate(logits.float(), size, mode="bilinear")[0].argmax(0).cpu()
-
-
 def class_colors(n):
-    """PALETTE; of more classes VOC's: bit k of r, g, b, from the top, is bit 3 k, 3 k + 1, 3 k + 2 of the class."""
+    """PALETTE; of more than its 21 VOC's: bit k of r, g, b, from the top, is bit 3 k, 3 k + 1, 3 k + 2 of the class."""
     voc = [[sum((c >> 3 * k + i & 1) << 7 - k for k in range(3)) / 255 for i in range(3)] for c in range(n)]
     return PALETTE[:n] if n <= len(PALETTE) else voc
 
@@ -108,15 +104,15 @@ def draw_curves(path, found):
         source = f" ({args['data_dir']})" if args["dataset"] == "folder" else ""
         logs.setdefault(f"{args['dataset']}{source} {args['arch']} {args['name']}", []).append(log)
     metric = next(key for key in runs.METRICS if key in found[0][1][-1])
-    keys = [key for _, log, _ in found for entry in log for key in entry if key not in NO_TERMS]
-    terms = list(dict.fromkeys(keys))  # some begin after a warm-up
+    entries = [entry for _, log, _ in found for entry in log]
+    terms = list(dict.fromkeys(key for entry in entries for key in entry if key not in NO_TERMS))  # of all, in order
     rows = [(terms[i : i + 4] + 3 * ["."])[:4] for i in range(0, len(terms), 4)]  # "." is an empty place
     figure = Figure((8, 3 + 2 * len(rows)), layout="constrained")
     axes = figure.subplot_mosaic([[metric] * 4, *rows], height_ratios=[1.5] + [1] * len(rows))
     drops = {now["epoch"] for _, log, _ in found for last, now in zip(log, log[1:]) if now["lr"] < last["lr"]}
     lines = []
     for k, (name, seeds) in enumerate(logs.items()):
-        look = dict(color=PALETTE[1:][k % 9], linestyle=["-", "--", "-.", ":"][(k // 9 + k % 9 // 4) % 4])
+        look = dict(color=PALETTE[1 + k % 9], linestyle=["-", "--", "-.", ":"][(k // 9 + k % 9 // 4) % 4])
         lines.append(Line2D([], [], **look, label=name + (f", mean of {len(seeds)}" if len(seeds) > 1 else "")))
         for key, ax in axes.items():
             curves = [[(entry["epoch"], entry[key]) for entry in log if key in entry] for log in seeds]
@@ -124,11 +120,10 @@ def draw_curves(path, found):
             means = [[(at[0][0], fmean(v for _, v in at)) for at in zip(*curves)]] if len(curves) > 1 else []
             for curve in curves + means:
                 width = 1.2 if not means else 1.8 if curve is means[0] else 0.6
-                marker = "." if len(curve) < 10 else None
-                ax.plot(*zip(*curve), **look, linewidth=width, marker=marker)
+                ax.plot(*zip(*curve), **look, linewidth=width, marker="." if len(curve) < 10 else None)
     for key, ax in axes.items():
         ax.set_title(f"{runs.METRICS[key]} in percent" if key == metric else f"loss: {key}")
-        ax.set(xlabel="epoch", xlim=(0.5, max(len(log) for _, log, _ in found) + 0.5))
+        ax.set(xlabel="epoch", xlim=(0.5, max(entry["epoch"] for entry in entries) + 0.5))
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         for epoch in drops:
             ax.axvline(epoch - 0.5, color="grey", linestyle=":", linewidth=1, zorder=0)
@@ -151,15 +146,13 @@ def features(method, loader, raw):
     return method.student.features(loader.normalize(raw).contiguous(memory_format=torch.channels_last))
 
 
-def grid(rows, titles, side=1.25):
+def grid(rows, titles):
     """A figure of rows x len(titles) square axes without ticks, titles above."""
-    figure = Figure((side * len(titles), side * rows))
-    axes = figure.subplots(rows, len(titles), squeeze=False)
+    figure = Figure((1.25 * len(titles), 1.25 * rows))
+    axes = figure.subplots(rows, len(titles), squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
     figure.subplots_adjust(0, 0, 1, 1, wspace=0.04, hspace=0.04)
     for ax, title in zip(axes[0], titles):
         ax.set_title(title)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
     return figure, axes
 
 
