@@ -49,7 +49,7 @@ def test_recipe_is_that_of_section_4_2_and_the_appendix():
 def test_efficientdet_has_six_levels_of_one_width(arch, dim):
     """P2..P5 from features[2], [3], [5], [7], P6 a pooled 1x1 convolution of the last, P7 a pooled P6: strides 4 to
     128, sizes rounded up; three BiFPN layers."""
-    net, x = seg.EfficientDet(arch, 5).eval(), torch.randn(1, 3, 136, 200)
+    net, x = seg.EfficientDet(arch, 5), torch.randn(2, 3, 136, 200)  # at rest all maps are small before training
     logits, feats = net.features(x)
     stages = [x := stage(x) for stage in net.backbone]
     levels = [lateral(stages[i]) for lateral, i in zip(net.lateral, (2, 3, 5, 7, 7), strict=True)]
@@ -57,7 +57,7 @@ def test_efficientdet_has_six_levels_of_one_width(arch, dim):
     assert_close(feats, net.bifpn([*levels, F.max_pool2d(levels[4], 3, 2, 1)]))
     sizes = [(34, 50), (17, 25), (9, 13), (5, 7), (3, 4), (2, 2)]
     assert [tuple(f.shape[1:]) for f in feats] == [(dim, *size) for size in sizes] and net.channels == [dim] * 6
-    assert logits.shape == (1, 5, 136, 200) and len(net.bifpn) == 3
+    assert logits.shape == (2, 5, 136, 200) and len(net.bifpn) == 3
 
 
 def test_bifpn_layer_written_out():
