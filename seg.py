@@ -298,7 +298,7 @@ def build(args, num_classes, resumed=False):
         with runs.first_process_first():  # who fetches them
             net = torchvision.models.get_model(BACKBONES[args.arch][0], weights=imagenet)
         if not imagenet:
-            runs.load_weights(net, args.weights)
+            runs.load_state(net, runs.load_file(args.weights), f"{args.weights} does not fit")
         student.backbone.load_state_dict(net.features[:8].state_dict())
     return method.to(args.device, memory_format=torch.channels_last)
 
@@ -312,8 +312,6 @@ def loaders(args, training=True):
         images = data.load_masks(args.dataset, data_dir=args.data_dir, image_size=args.image_size,
                                  protocol=args.protocol, download=args.download)
     runs.describe(args, images)
-    if images.leaked:
-        runs.note(args, f"{images.leaked} of the {len(images.test)} test images are also training images")
     options = dict(image_size=args.image_size, classes=images.classes, seed=args.seed, stats=data.STATS["imagenet"],
                    workers=args.workers, device=args.device, rank=runs.rank(), processes=runs.processes())
     test_loader = data.MaskLoader(images.test, train=False, batch_size=max(1, args.batch_size // parts), **options)
@@ -377,7 +375,8 @@ def evaluate_file(args, content):
     images, loader = loaders(args, training=False)
     method = build(args, len(images.classes), resumed=True)
     for name, net in runs.evaluated(args, method, content):
-        runs.print_evaluation(args, name, evaluate(net, loader, args))
+        metrics = runs.results(evaluate(net, loader, args))
+        runs.say(f"{name}: {metrics} (on {args.test_name}, {args.eval})")
     if args.predictions is not None and runs.rank() == 0:
         figures.draw_predictions(Path(args.output) / "predictions.png", method, loader, images.classes)
 

@@ -156,7 +156,7 @@ def build_kd(student, num_classes, *, alpha, beta, temperature, feature_loss, te
         fitnet = functools.partial(baselines.Hint, student.channels, teacher.channels)
         loss = build_feature_loss(feature_loss, student, teacher, fitnet)
     if teacher_checkpoint:
-        runs.load_weights(teacher, teacher_checkpoint)
+        runs.load_state(teacher, runs.load_file(teacher_checkpoint), f"{teacher_checkpoint} does not fit")
     return baselines.Distillation(student, teacher, alpha=alpha, beta=beta, temperature=temperature, feature_loss=loss)
 
 
@@ -198,8 +198,6 @@ def loaders(args, training=True):
                            per_class=args.per_class if training else None, download=args.download,
                            splits=("train", "test") if training else ("test",))
     runs.describe(args, images)
-    if args.dataset == "folder":
-        runs.note(args, f"{len(images.train)} images of {len(images.classes)} classes, at {args.image_size} px")
     mix = None
     if args.mixup or args.cutmix:
         mix = (v2.MixUp if args.mixup else v2.CutMix)(alpha=args.mixup or args.cutmix, num_classes=len(images.classes))
@@ -300,7 +298,8 @@ def evaluate_file(args, content):
     images, loader = loaders(args, training=False)
     method = build(args, len(images.classes), resumed=True)
     for name, net in runs.evaluated(args, method, content):
-        runs.print_evaluation(args, name, evaluate(net, loader, args))
+        metrics = runs.results(evaluate(net, loader, args))
+        runs.say(f"{name}: {metrics} (on {args.test_name}, {args.eval})")
     if args.attention is not None and runs.rank() == 0:
         figures.draw_attention(Path(args.output) / "attention.png", method, loader, images.classes)
 

@@ -6,7 +6,6 @@ A checkpoint is written at the end of an epoch, under another name, then renamed
 import argparse
 import contextlib
 import ctypes
-import difflib
 import functools
 import inspect
 import io
@@ -19,7 +18,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +27,7 @@ import torch.distributed as dist
 import torchvision
 from tabulate import tabulate
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -44,8 +43,7 @@ FREE = (*THIS_CALL, "data_dir", "download", "workers", "device", "compile", "out
 METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_loss", "sla", "teacher_arch",
                   "teacher_checkpoint", "warmup_epochs", "ramp_epochs")  # of which a method takes those that it names
 METRICS = dict(top1="top-1", top5="top-5", miou="mIoU")  # key in the log: its name, in percent
-RUN_FILES = ("last.pt", "student.pt", "args.json", "log.jsonl", "attention*.png", "predictions*.png",
-             "curves.png")  # in the order in which they are removed
+RUN_FILES = "last.pt", "student.pt", "args.json", "log.jsonl", "attention*.png", "predictions*.png", "curves.png"
 FLAG = dict(action="store_true", default=argparse.SUPPRESS)  # of an option without a value
 
 
@@ -60,34 +58,28 @@ class Parser(argparse.ArgumentParser):
     """Parses what was given and nothing else: the other values are the recipe's."""
 
     def __init__(self, script, description):
-        super().__init__(prog=script, description=f"{description} A value that is not given is the recipe's of "
-                         "--dataset, which stands in brackets: see --dataset NAME --help.", add_help=False,
-                         allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
+        description += " Values in brackets are the recipe's of --dataset: see --dataset NAME --help."
+        super().__init__(script, description=description, add_help=False, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS)  # fmt: skip
 
     def error(self, message):
-        known = [name for action in self._actions for name in action.option_strings]
-        unknown = message.split()[2:] if message.startswith("unrecognized") else []
-        meant = [name for word in unknown for name in difflib.get_close_matches(word.partition("=")[0], known, 1)]
-        raise UserError(message + "".join(f"; did you mean {name}?" for name in meant))
+        raise UserError(message)
 
 
-def number(kind, low, below=math.inf, above=False):
-    """An argparse type: an int or float of at least `low` (above: greater than it), and less than `below`."""
+def number(kind, low, above=False):
+    """An argparse type: a finite int or float of at least `low`; above: greater than it."""
 
     def parse(string):
         value = kind(string)
-        if not low <= value < below or above and value == low or value == math.inf:
-            until = f", below {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{string} is not {'above' if above else 'at least'} {low}{until}")
+        if not low <= value < math.inf or above and value == low:
+            raise argparse.ArgumentTypeError(f"{string} is not {'above' if above else 'at least'} {low}")
         return value
 
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: invalid whole number value: '1.5'
+    parse.__name__ = kind.__name__  # argparse says: invalid int value
     return parse
 
 
 def path(string):
-    if not string:
-        raise argparse.ArgumentTypeError("an empty name")
     return str(Path(string).expanduser())
 
 
@@ -102,7 +94,7 @@ def add_optimisation_options(parser):
                    "falls to a tenth; none: constant (%(default)s)")
     g.add_argument("--batch-size", type=number(int, 1), help="of all processes together (%(default)s)")
     g.add_argument("--lr", type=number(float, 0, above=True), help="of SGD, at the start (%(default)s)")
-    g.add_argument("--momentum", type=number(float, 0, 1), help="not Nesterov (%(default)s)")
+    g.add_argument("--momentum", type=number(float, 0), help="not Nesterov (%(default)s)")
     g.add_argument("--weight-decay", type=number(float, 0), help="of all parameters; 5e-4 is common too (%(default)s)")
     return g
 
@@ -114,17 +106,16 @@ def add_run_options(parser, picture):
     g.add_argument("--workers", type=number(int, 0), help="processes that decode larger images (%(default)s)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (%(default)s)")
     g.add_argument("--amp", help="bfloat16 autocast; the losses stay in float32", **FLAG)
-    g.add_argument("--compile", nargs="?", const="inductor", choices=["inductor", "reduce-overhead", "aot_eager", "eager"],
-                   help="torch.compile the method, by this backend; reduce-overhead: inductor with CUDA graphs")
+    g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the method; "
+                   "reduce-overhead is inductor with CUDA graphs")
     g.add_argument("--output", type=path, metavar="DIR", help="folder of the run (runs/DATASET-ARCH-NAME-sSEED)")
-    g.add_argument("--eval-every", type=number(int, 1), metavar="N", help="evaluate after every N-th epoch, and the "
-                   "last; with few training images evaluation is a third of the time (%(default)s)")
+    g.add_argument("--eval-every", type=number(int, 1), metavar="N", help="epochs, and the last (%(default)s)")
+    g.add_argument(f"--{picture}", nargs="*", type=number(int, 1), metavar="EPOCH",
+                   help=f"draw {picture}-EPOCH.png after these epochs ({picture}.png at the end)")
     x = g.add_mutually_exclusive_group()
     x.add_argument("--overwrite", help="replace the run that the folder holds", **FLAG)
     x.add_argument("--resume", nargs="?", const=True, type=path, metavar="PATH", help="continue a run, its folder or "
                    "last.pt; without PATH the one in --output, or a fresh one where that has no checkpoint")
-    g.add_argument(f"--{picture}", nargs="*", type=number(int, 1), metavar="EPOCH",
-                   help=f"draw {picture}-EPOCH.png after these epochs ({picture}.png at the end)")
     g = parser.add_argument_group("instead of training")
     g.add_argument("--eval", type=path, metavar="FILE", help=f"evaluate a last.pt or student.pt; --{picture} draws too")
     g.add_argument("--table", type=path, metavar="DIR", help="print the results of the runs below a folder")
@@ -136,19 +127,18 @@ def add_run_options(parser, picture):
 @functools.cache
 def keywords(function):
     """{name: default} of a method's options, its builder's keyword-only arguments."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def untaken(methods, method, given):
     """{option: None} of the options that only other methods take. UserError where one of them was given."""
-    takes, others = ([key for key in METHOD_OPTIONS if any(key in keywords(make) for make in makes)]
-                     for makes in ([methods[method]], methods.values()))  # fmt: skip
+    takes, known = keywords(methods[method]), set().union(*map(keywords, methods.values()))
+    others = [key for key in METHOD_OPTIONS if key in known and key not in takes]
     for key in others:
-        if key not in takes and given.get(key) is not None:
-            taken = " ".join(map(option, takes)) or "none of these"
+        if given.get(key) is not None:
+            taken = " ".join(option(key) for key in METHOD_OPTIONS if key in takes) or "none of these"
             raise UserError(f"{option(key)} is no option of --method {method}, which takes {taken}")
-    return {key: None for key in others if key not in takes}
+    return dict.fromkeys(others)
 
 
 def option(key):
@@ -166,38 +156,36 @@ def options(parser, recipe, argv):
     """Recipe < checkpoint < command line -> args; the file to continue from or to evaluate, loaded, or None.
     recipe: {option: value} of what was given -> {option: value} of all.
     """
-    argv = list(map(str, sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
     given, saved, content = vars(parser.parse_args(argv)), {}, None
     if "help" in given:
         parser.set_defaults(**vars(resolved(parser, recipe, given)))
-        parser.print_help()
-        sys.exit()
-    source = given.get("eval", given.get("resume"))
+        parser.exit(parser.print_help())
+    source, goes_on, evaluates = given.get("eval", given.get("resume")), False, "eval" in given
     if source is True:  # --resume without a path
-        source = given.get("output") or resolved(parser, recipe, dict(given)).output
-        source = source if (Path(source) / "last.pt").exists() else None
+        source = given.get("output") or resolved(parser, recipe, given).output
+        source = source if Path(source, "last.pt").exists() else None
     if source:
-        file = Path(source) / "last.pt" if Path(source).is_dir() else Path(source)
-        content = load_file(file)
-        saved = saved_options(content, file)
-        if saved.get("script", parser.prog) != parser.prog:
-            raise UserError(f"{file} is of a run of {saved['script']}")
-        if not is_checkpoint(content) and "eval" not in given:
+        file = Path(source, "last.pt") if Path(source).is_dir() else Path(source)
+        content, beside = load_file(file), file.with_name("args.json")
+        whole = "method" in content  # not a plain state_dict
+        if not (whole or evaluates):
             raise UserError(f"{file} is not the last.pt of a run")
-        if "eval" in given:  # what was drawn in training is not asked for again
-            saved = {key: value for key, value in saved.items() if key not in ("attention", "predictions")}
-    args = resolved(parser, recipe, saved | ({"output": str(file.parent)} if source else {}) | given)
-    for key in given:
-        value, was = getattr(args, key), saved.get(key, getattr(args, key))
-        longer = key == "epochs" and "eval" not in given and value > was
-        if value != was and key not in FREE and not longer:
+        saved = content["args"] if whole else json.loads(beside.read_text()) if beside.exists() else {}
+        if saved and saved.get("script") != parser.prog:
+            raise UserError(f"{file} is of a run of {saved.get('script', 'another program')}")
+        given.setdefault("output", str(file.parent))
+        goes_on = Path(given["output"]).resolve() == file.parent.resolve()
+        if evaluates:  # what was drawn in training is not asked for again
+            given = dict(attention=None, predictions=None) | given
+    args = resolved(parser, recipe, saved | given)
+    for key in given.keys() & saved.keys() - {*FREE}:
+        value, was = getattr(args, key), saved[key]
+        if value != was and (evaluates or key != "epochs" or value < was):
             raise UserError(f"{option(key)} {text(value)} differs from the run's {text(was)}: leave it out")
-    if "eval" in given and not is_checkpoint(content):
-        args.method = "baseline"  # only the plain network is in the file
-        args.name = args.name if saved else "of unknown training"
-    elsewhere = source and Path(args.output).resolve() != file.parent.resolve()
-    trains = not given.keys() & {"eval", "table", "cost"}
-    if trains and (elsewhere or not given.keys() & {"resume", "overwrite"}) and run_files(args.output):
+    if source and not whole:  # only the plain network is in the file
+        args.method, args.name = "baseline", args.name if saved else "of unknown training"
+    if not goes_on and not given.keys() & {"overwrite", "eval", "table", "cost"} and run_files(args.output):
         raise UserError(f"{args.output} already holds a run: continue it with --resume, replace it with --overwrite, "
                         "or take another --output")
     args.command = f"{launcher()} {shlex.join(argv)}".strip()
@@ -205,24 +193,17 @@ def options(parser, recipe, argv):
     return args, content
 
 
-def saved_options(content, file):
-    """The options of a run, of its last.pt or of the args.json beside a student.pt."""
-    if is_checkpoint(content):
-        return content["args"]
-    beside = file.with_name("args.json")
-    found = json.loads(beside.read_text()) if beside.exists() else {}
-    return found if "script" in found else {}  # else another program's file of this name
-
-
 def resolved(parser, recipe, given):
     """All values of a run, with its name and its folder."""
+    given = dict(given)  # which the recipe may add to
     defaults = dict(seed=0, data_dir="data", download=False, workers=2, amp=False, eval_every=1) | recipe(given)
-    args = argparse.Namespace(**{action.dest: None for action in parser._actions} | defaults | given)
+    keys = [action.dest for action in parser._actions]
+    args = argparse.Namespace(**dict.fromkeys(keys) | defaults | given)
     args.script, args.name = parser.prog, args.method
-    for key in (action.dest for action in parser._actions):
+    for key in keys:
         value = getattr(args, key)
         if value != defaults.get(key) and key not in (*FREE, "dataset", "arch", "method", "seed"):
-            args.name += f"-{key.replace('_', '-')}" + ("" if value is True else text(value))
+            args.name += option(key)[1:] + ("" if value is True else text(value))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.output = args.output or "runs/" + f"{args.dataset}-{args.arch}-{args.name}-s{args.seed}".replace("/", "-")
     return args
@@ -231,7 +212,7 @@ def resolved(parser, recipe, given):
 def launcher():
     """What started this script, to be typed in the same folder."""
     count = os.environ.get("LOCAL_WORLD_SIZE")
-    return f"torchrun --nproc-per-node={count} " * bool(count) + "python " * (not count) + shlex.quote(sys.argv[0])
+    return (f"torchrun --nproc-per-node={count} " if count else "python ") + shlex.quote(sys.argv[0])
 
 
 # ----------------------------------------------------------------------------------------- processes and devices
@@ -246,14 +227,17 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextlib.contextmanager
-def joined():
-    """Joins the processes that torchrun started, where it did: NCCL among GPUs, one each, gloo among CPUs."""
+def say(line, file=None):
+    if rank() == 0:
+        print(line, file=file, flush=True)
+
+
+def join_processes():
+    """Joins those that torchrun started, where it did: NCCL among GPUs, one each, gloo among CPUs."""
     if not dist.is_torchelastic_launched():
         sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
         if any(os.environ.get(size, "1") != "1" for size in sizes):
             raise UserError("several processes were started, and each would train the same run: use torchrun")
-        yield
         return
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local < gpus:
@@ -262,20 +246,16 @@ def joined():
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it remembers the processes before
     backend, patience = "cpu:gloo,cuda:nccl" if gpus else "gloo", timedelta(hours=12)  # one may fetch a data set
     dist.init_process_group(backend, store=store, rank=number_, world_size=count, timeout=patience)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def first_process_first():
     """One process of a machine fetches and unpacks data, the others find what it left."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if processes() > 1 and not first:
+    first, several = os.environ.get("LOCAL_RANK", "0") == "0", processes() > 1
+    if several and not first:
         dist.barrier()
     yield
-    if processes() > 1 and first:
+    if several and first:
         dist.barrier()
 
 
@@ -305,12 +285,10 @@ def prepare_device(device):
 
 
 def keep_freed_memory():
-    """Tells glibc, where it is the C library, to keep freed blocks, which changes no number.
-    It hands blocks above 32 MiB back to the system, and the next tensor pays a page fault for each 4 KiB: on a CPU up
-    to two thirds of a step's time.
+    """Tells glibc to keep freed blocks: it hands those above 32 MiB back to the system, and a page fault for each 4 KiB
+    of the next tensor is up to two thirds of a step's time on a CPU. Changes no number.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-3, 1 << 30) or mallopt(-4, 0)  # M_MMAP_THRESHOLD, in bytes; where that is too much, M_MMAP_MAX
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
@@ -324,8 +302,7 @@ def parallel(method, args):
     if processes() > 1:
         method = DistributedDataParallel(method, [torch.cuda.current_device()] if "cuda" in args.device else None)
     if args.compile:
-        how = "mode" if args.compile == "reduce-overhead" else "backend"
-        method = torch.compile(method, **{how: args.compile})
+        method = torch.compile(method, **{"mode" if args.compile == "reduce-overhead" else "backend": args.compile})
 
     def forward(x, y):
         with autocast(args):
@@ -342,6 +319,7 @@ class Run:
 
     def __init__(self, args, method, optimizer, checkpoint=None):
         self.args, self.method, self.optimizer, self.folder = args, method, optimizer, Path(args.output)
+        self.kept = {key: value for key, value in vars(args).items() if key not in THIS_CALL}
         self.log = checkpoint["log"] if checkpoint else []
         if checkpoint:
             load_state(method, checkpoint["method"], f"the checkpoint does not fit {args.arch}, {args.method}")
@@ -349,9 +327,11 @@ class Run:
         elif rank() == 0:
             for file in run_files(self.folder):
                 file.unlink()
-        if rank() == 0:
-            write_atomically(self.folder / "args.json", json.dumps(kept(args) | about(args), indent=1).encode())
-            self.write_log()
+        write_atomically(self.folder / "args.json", json.dumps(self.kept | about(args), indent=1).encode())
+        self.write_log()
+
+    def write_log(self):
+        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
     def epochs(self):
         args = self.args
@@ -369,9 +349,9 @@ class Run:
 
     def picture(self, name, epoch):
         """Where this epoch's picture is to be drawn, None where none is asked for."""
-        asked = getattr(self.args, name) or []
-        wanted = epoch + 1 in (asked or [self.args.epochs]) and rank() == 0
-        return self.folder / (f"{name}-{epoch + 1}.png" if asked else f"{name}.png") if wanted else None
+        asked = getattr(self.args, name)
+        if rank() == 0 and epoch + 1 in (asked or [self.args.epochs]):
+            return self.folder / (f"{name}-{epoch + 1}.png" if asked else f"{name}.png")
 
     def end_of(self, epoch, meter, metrics):
         """Log, then student.pt, then last.pt: a run killed between them repeats the epoch."""
@@ -381,24 +361,19 @@ class Run:
                 raise NonFinite(f"{name} is not finite after epoch {epoch + 1}")
         lr, rate = self.optimizer.param_groups[0]["lr"], meter.images / meter.seconds
         self.log.append(dict(epoch=epoch + 1, lr=lr, **means, **metrics, images_per_s=rate, seconds=meter.seconds))
-        if rank() == 0:
-            self.write_log()
-            write_atomically(self.folder / "student.pt", frskd.export(self.method.student).state_dict())
-            checkpoint = dict(args=kept(self.args), method=state, optimizer=self.optimizer.state_dict(), log=self.log)
-            write_atomically(self.folder / "last.pt", checkpoint)
-            terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            print(f"{meter.title}  lr {lr:g}  {terms}  {results(metrics)}  {rate:.0f} images/s", flush=True)
-
-    def write_log(self):
-        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
+        self.write_log()
+        write_atomically(self.folder / "student.pt", frskd.export(self.method.student).state_dict())
+        checkpoint = dict(args=self.kept, method=state, optimizer=self.optimizer.state_dict(), log=self.log)
+        write_atomically(self.folder / "last.pt", checkpoint)
+        terms = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        say(f"{meter.title}  lr {lr:g}  {terms}  {results(metrics)}  {rate:.0f} images/s")
 
     def print_result(self, metric):
         """The last line; a folder's says which split it was evaluated on."""
-        if rank() == 0:
-            a, last, best = self.args, self.log[-1], max(self.log, key=lambda entry: entry.get(metric, 0.0))
-            split = f" on {a.test_name}" if a.dataset == "folder" else ""
-            best = f"best {best[metric]:.2f} at epoch {best['epoch']}"
-            print(f"{a.dataset} {a.arch} {a.name} seed {a.seed}: {results(last)} (last epoch{split}; {best})")
+        a, last, best = self.args, self.log[-1], max(self.log, key=lambda entry: entry.get(metric, 0.0))
+        split = f" on {a.test_name}" if a.dataset == "folder" else ""
+        best = f"best {best[metric]:.2f} at epoch {best['epoch']}"
+        say(f"{a.dataset} {a.arch} {a.name} seed {a.seed}: {results(last)} (last epoch{split}; {best})")
 
 
 def results(metrics):
@@ -413,30 +388,29 @@ class Meter:
 
     def __init__(self, loader, epoch, epochs):
         self.loader, self.epoch, self.title = loader, epoch, f"epoch {epoch + 1}/{epochs}"
-        self.sums, self.totals, self.images, self.began = None, {}, 0, time.perf_counter()
+        self.sums, self.totals, self.images, self.began = 0.0, {}, 0, time.perf_counter()
 
     def __iter__(self):
-        slow, silent = 0.1 if sys.stderr.isatty() else 5, rank() > 0  # seldom redrawn where it goes into a file
-        with tqdm(total=len(self.loader), desc=self.title, leave=False, mininterval=slow, disable=silent) as bar:
-            for step, batch in enumerate(self.loader.epoch(self.epoch), 1):
-                yield batch
-                if step % 50 == 0:
-                    bar.set_postfix({name: f"{value:.3g}" for name, value in self.read().items()})
-                bar.update()
+        slow = 0.1 if sys.stderr.isatty() else 5  # seldom redrawn where it goes into a file
+        bar = tqdm(self.loader.epoch(self.epoch), self.title, len(self.loader), leave=False, mininterval=slow,
+                   disable=rank() > 0)  # fmt: skip
+        for step, batch in enumerate(bar, 1):
+            yield batch
+            if step % 50 == 0:
+                bar.set_postfix(self.read())
 
     def update(self, terms, images):
         """terms: {name: scalar}, means over `images`."""
-        values = images * torch.stack([t.detach().float() for t in terms.values()])
+        self.sums = self.sums + images * torch.stack([t.detach().float() for t in terms.values()])
         self.names, self.images = list(terms), self.images + images
-        self.sums = values if self.sums is None else self.sums + values
 
     def read(self, of_all=False):
         """-> mean of each term over the images so far, of_all: of all processes. Raises NonFinite."""
-        for name, value in zip(self.names, self.sums.tolist()) if self.sums is not None else ():
+        for name, value in zip(self.names, self.sums.tolist()):
             if not math.isfinite(value):
                 raise NonFinite(f"the term {name} is not finite in epoch {self.epoch + 1}")
             self.totals[name] = self.totals.get(name, 0.0) + value
-        self.sums, totals = None, [*self.totals.values(), self.images]
+        self.sums, totals = torch.zeros_like(self.sums), [*self.totals.values(), self.images]
         if of_all and processes() > 1:
             totals = all_reduced(torch.tensor(totals, dtype=torch.float64)).tolist()  # on the CPU
         if of_all:
@@ -444,61 +418,26 @@ class Meter:
         return {name: value / totals[-1] for name, value in zip(self.totals, totals)}
 
 
-# --------------------------------------------------------------------------------------------- evaluation of a file
-
-
-class SelfTeacherNet(torch.nn.Module):
-    """The self-teacher as a network of its own: images -> its logits."""
-
-    def __init__(self, method):
-        super().__init__()
-        self.method = method
-
-    def forward(self, x):
-        return self.method.teacher(self.method.student.features(x)[1])[0]
-
-
-def evaluated(args, method, content):
-    """Loads the file that --eval names into a method -> [(whose result it is, network), ...]."""
-    whole = is_checkpoint(content)
-    target, state = (method, content["method"]) if whole else (frskd.export(method.student), content)
-    load_state(target, state, f"{args.eval} does not fit {args.arch}")
-    networks = [(f"{args.dataset} {args.arch} {args.name} seed {args.seed}", method.student)]
-    return networks + [("its self-teacher", SelfTeacherNet(method))] * isinstance(method, frskd.FRSKD)
-
-
-def print_evaluation(args, name, metrics):
-    if rank() == 0:
-        print(f"{name}: {results(metrics)} (on {args.test_name}, {args.eval})")
-
-
-# --------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------- files and tables
 
 
 def run_files(folder):
+    """In the order in which they are removed: without last.pt a run starts afresh."""
     return [file for name in RUN_FILES for file in Path(folder).glob(name)]
-
-
-def kept(args):
-    """The values of a run, as args.json and last.pt hold them."""
-    return {key: value for key, value in vars(args).items() if key not in THIS_CALL}
 
 
 def describe(args, images):
     """What a run says of its data. UserError where it was trained on other classes."""
-    known = getattr(args, "classes", None) or images.classes
-    if list(known) != list(images.classes):
-        raise UserError(f"the data has the classes {text(images.classes)[:80]}, the run {text(known)[:80]}")
-    args.classes, args.num_classes, args.test_name = list(images.classes), len(images.classes), images.test_name
+    known, classes = getattr(args, "classes", images.classes), images.classes
+    if list(known) != list(classes):
+        raise UserError(f"the data has the classes {text(classes)[:80]}, the run {text(known)[:80]}")
+    args.classes, args.num_classes, args.test_name = list(classes), len(classes), images.test_name
     args.train_images, args.test_images = len(images.train), len(images.test)
     args.test_images_in_training = images.leaked
-    for line in images.notes:
-        note(args, line)
-
-
-def note(args, line):
-    if rank() == 0:
-        print(f"{args.script}: note: {line}", file=sys.stderr)
+    leak = f"{images.leaked} of the {len(images.test)} test images are also training images"
+    size = f"{len(images.train)} images of {len(classes)} classes, at {args.image_size} px"
+    for line in [*images.notes, *[leak] * (images.leaked > 0), *[size] * (args.dataset == "folder")]:
+        say(f"{args.script}: note: {line}", sys.stderr)
 
 
 def about(args):
@@ -506,20 +445,22 @@ def about(args):
     device = torch.cuda.get_device_name() if "cuda" in args.device else platform.machine()
     found = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version(),
                  device_name=device, threads=torch.get_num_threads(), processes=processes())  # fmt: skip
-    folder = Path(__file__).resolve().parent.parent
-    if (folder / ".git").exists():  # the project's own repository, not one that it was copied into
-        git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or a repository without a commit
+        if (root / ".git").exists():  # the project's own, not one that it was copied into
             found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return found
 
 
 def write_atomically(path, content):
-    """Bytes, or what torch.save takes, through another name: a reader finds the old content or the new, never half."""
+    """The first process writes bytes, or what torch.save takes, under another name: never half a file has this one."""
+    if rank() > 0:
+        return
+    partial = path.with_name(path.name + ".partial")
     if not isinstance(content, bytes):
         torch.save(content, buffer := io.BytesIO())
         content = buffer.getbuffer()
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -534,33 +475,21 @@ def write_atomically(path, content):
 
 
 def load_file(path):
-    """A checkpoint or a state_dict, by weights_only: no code of a stranger runs."""
+    """A checkpoint or a state_dict, a dict, by weights_only: no code of a stranger runs."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except Exception as error:  # cut short, no zip file, a whole module or another foreign pickle: torch's text is long
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if isinstance(content, dict) else dict(content)
+    except Exception as error:  # none there, cut short, a whole module or another pickle: torch's text is long
         raise UserError(f"{path} is no checkpoint or state_dict that can be read: {type(error).__name__}") from None
-
-
-def is_checkpoint(content):
-    return isinstance(content, dict) and {"args", "method", "optimizer", "log"} <= set(content)
-
-
-def load_weights(net, path):
-    load_state(net, load_file(path), f"{path} does not fit")
 
 
 def load_state(net, state, unfit):
     """Weights, wrapped or with a wrapper's prefixes as others save them too; `unfit` begins the message of an error."""
     for key in ("state_dict", "model", "net"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{unfit}: it holds no state_dict")
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+        state = state[key] if isinstance(state.get(key), dict) else state
     try:
+        for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+            consume_prefix_in_state_dict_if_present(state, prefix)
         net.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         own = net.state_dict()
@@ -569,7 +498,16 @@ def load_state(net, state, unfit):
         raise UserError(f"{unfit}: {keys if has or wants else one_line(error)[:200]}") from None
 
 
-# -------------------------------------------------------------------------------------------------------- tables
+def evaluated(args, method, content):
+    """Loads the file that --eval names into a method -> [(whose result it is, network), ...]."""
+    net = method if "method" in content else frskd.export(method.student)
+    load_state(net, content.get("method", content), f"{args.eval} does not fit {args.arch}")
+    networks = [(f"{args.dataset} {args.arch} {args.name} seed {args.seed}", method.student)]
+    if isinstance(method, frskd.FRSKD):
+        teacher = torch.nn.ModuleList([method])  # a network of its own: images -> the self-teacher's logits
+        teacher.forward = lambda x: method.teacher(method.student.features(x)[1])[0]
+        networks.append(("its self-teacher", teacher))
+    return networks
 
 
 def read_runs(folder, script, metric):
@@ -597,11 +535,9 @@ def spread(values):
 def print_table(folder, script, metric):
     """Prints the results of the runs below a folder, in markdown, and returns these."""
     (found, left_out), rows = read_runs(folder, script, metric), {}
-    for args, log, path in found:
+    for args, log, _ in found:
         source = f" ({args['data_dir']}, {args['test_name']})" if args["dataset"] == "folder" else ""
         seeds = rows.setdefault((args["dataset"] + source, args["arch"], args["name"]), {})
-        if args["seed"] in seeds:
-            left_out.append(f"{path}: seed {args['seed']} again")
         seeds.setdefault(args["seed"], (log[-1][metric], max(entry.get(metric, 0.0) for entry in log)))
     if not found:
         raise UserError("; ".join([f"--table {folder}: no finished run of {script} in or below it", *left_out]))
@@ -615,27 +551,20 @@ def print_table(folder, script, metric):
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-
-def explain(error):
-    """What to do about an error, in one line, and the exit status; None for a bug, whose traceback is wanted."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, NonFinite):
-        return f"{said}; last.pt, where there is one, is of the epoch before", 1
-    if isinstance(error, (UserError, OSError)):  # also no permission, a disk that is full or gone
-        return said, 2
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said:
-        return f"out of memory: take a smaller --batch-size, --image-size or network ({said[:100]})", 2
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile: {' '.join(str(error).split('Set TORCHDYNAMO')[0].split())[:300]}", 2
-    for cause, advice, status in (
-        ("shared memory", "shared memory (/dev/shm) is too small: enlarge it, or take --workers 0", 2),
-        ("DataLoader worker", "a worker is gone, perhaps killed for want of memory: fewer --workers need less", 1),
-        ("more than 1 value per channel", "batch norm cannot normalise one value a channel: take a larger "
-         "--batch-size or --image-size", 2),
-        ("gloo", "another process is gone", 1), ("NCCL", "another process is gone", 1),
-    ):  # fmt: skip
-        if cause in said:
-            return advice, status
+MEMORY = "out of memory: take a smaller --batch-size, --image-size or network ({:.100})"
+ENDS = (  # an error's class, or words of it; what to say, {} its own text; exit status
+    (NonFinite, "{}; last.pt, where there is one, is of the epoch before", 1),
+    ((UserError, OSError), "{}", 2),  # also no permission, a disk that is full or gone
+    ((torch.OutOfMemoryError, MemoryError), MEMORY, 2),
+    ("can't allocate memory", MEMORY, 2),
+    ("torch._dynamo", "--compile: {:.300}", 2),
+    ("torch._inductor", "--compile: {:.300}", 2),
+    ("shared memory", "shared memory (/dev/shm) is too small: enlarge it, or take --workers 0", 2),
+    ("DataLoader worker", "a worker is gone, perhaps killed for want of memory: fewer --workers need less", 1),
+    ("more than 1 value per channel", "{}: take a larger --batch-size or --image-size", 2),
+    ("gloo", "another process is gone", 1),
+    ("NCCL", "another process is gone", 1),
+)
 
 
 def command(main):
@@ -647,35 +576,37 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        script, words = Path(main.__globals__["__file__"]).name, list(map(str, sys.argv[1:] if argv is None else argv))
+        argv, script = sys.argv[1:] if argv is None else argv, Path(main.__globals__["__file__"]).name
         for name in ("stdout", "stderr"):  # None where it was closed at the start; or of an ASCII terminal
             setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
             getattr(getattr(sys, name), "reconfigure", lambda **_: None)(errors="replace")
-        main_thread = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+        with contextlib.suppress(ValueError):  # in a thread
+            signal.signal(signal.SIGTERM, terminate)
         keep_freed_memory()
         try:
-            with joined():
-                main(argv)
-                sys.stdout.flush()  # here, where a closed pipe is caught
+            join_processes()
+            main(argv)
+            sys.stdout.flush()  # here, where a closed pipe is caught
             return 0
         except BrokenPipeError:  # of | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed
             return 141
         except KeyboardInterrupt as stop:
-            words = [word for word in words if word != "--overwrite"]
+            words = [word for word in argv if word != "--overwrite"]
             asked = {word.partition("=")[0] for word in words}
             words += [] if asked & {"--resume", "--eval", "--table", "--cost"} else ["--resume"]
-            if int(os.environ.get("RANK", 0)) == 0:
+            if os.environ.get("RANK", "0") == "0":
                 print(f"{script}: stopped; continue with: {launcher()} {shlex.join(words)}", file=sys.stderr)
             return 143 if stop.args else 130
         except Exception as error:
-            if (explained := explain(error)) is None:
-                raise
-            print(f"{script}: error: {explained[0]}", file=sys.stderr)
-            return explained[1]
+            said, words = " ".join(str(error).split()) or type(error).__name__, f"{type(error).__module__} {error}"
+            for cause, advice, status in ENDS:
+                if cause in words if isinstance(cause, str) else isinstance(error, cause):
+                    print(f"{script}: error: {advice.format(said)}", file=sys.stderr)
+                    return status
+            raise  # a bug
         finally:
-            if main_thread:
-                signal.signal(signal.SIGTERM, before)
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     return wrapped
