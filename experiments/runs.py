@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -44,6 +45,7 @@ METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_
                   "teacher_checkpoint", "warmup_epochs", "ramp_epochs")  # of which a method takes those that it names
 METRICS = dict(top1="top-1", top5="top-5", miou="mIoU")  # key in the log: its name, in percent
 RUN_FILES = "last.pt", "student.pt", "args.json", "log.jsonl", "attention*.png", "predictions*.png", "curves.png"
+COMPILERS = ("inductor", "reduce-overhead", "aot_eager", "eager")
 FLAG = dict(action="store_true", default=argparse.SUPPRESS)  # of an option without a value
 
 
@@ -58,9 +60,9 @@ class Parser(argparse.ArgumentParser):
     """Parses what was given and nothing else: the other values are the recipe's."""
 
     def __init__(self, script, description):
-        description += " Values in brackets are the recipe's of --dataset: see --dataset NAME --help."
-        super().__init__(script, description=description, add_help=False, allow_abbrev=False,
-                         argument_default=argparse.SUPPRESS)  # fmt: skip
+        said = f"{description} Values in brackets are the recipe's of --dataset: see --dataset NAME --help."
+        given = dict(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        super().__init__(prog=script, description=said, **given)
 
     def error(self, message):
         raise UserError(message)
@@ -106,10 +108,10 @@ def add_run_options(parser, picture):
     g.add_argument("--workers", type=number(int, 0), help="processes that decode larger images (%(default)s)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (%(default)s)")
     g.add_argument("--amp", help="bfloat16 autocast; the losses stay in float32", **FLAG)
-    g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the method; "
-                   "reduce-overhead is inductor with CUDA graphs")
+    g.add_argument("--compile", nargs="?", const="inductor", choices=COMPILERS,
+                   help="torch.compile the method, by this backend; reduce-overhead: inductor with CUDA graphs")
     g.add_argument("--output", type=path, metavar="DIR", help="folder of the run (runs/DATASET-ARCH-NAME-sSEED)")
-    g.add_argument("--eval-every", type=number(int, 1), metavar="N", help="epochs, and the last (%(default)s)")
+    g.add_argument("--eval-every", type=number(int, 1), metavar="N", help="epochs, and after the last (%(default)s)")
     g.add_argument(f"--{picture}", nargs="*", type=number(int, 1), metavar="EPOCH",
                    help=f"draw {picture}-EPOCH.png after these epochs ({picture}.png at the end)")
     x = g.add_mutually_exclusive_group()
@@ -251,11 +253,10 @@ def join_processes():
 @contextlib.contextmanager
 def first_process_first():
     """One process of a machine fetches and unpacks data, the others find what it left."""
-    first, several = os.environ.get("LOCAL_RANK", "0") == "0", processes() > 1
-    if several and not first:
+    if processes() > 1 and os.environ["LOCAL_RANK"] != "0":
         dist.barrier()
     yield
-    if several and first:
+    if processes() > 1 and os.environ["LOCAL_RANK"] == "0":
         dist.barrier()
 
 
@@ -551,19 +552,15 @@ def print_table(folder, script, metric):
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-MEMORY = "out of memory: take a smaller --batch-size, --image-size or network ({:.100})"
-ENDS = (  # an error's class, or words of it; what to say, {} its own text; exit status
-    (NonFinite, "{}; last.pt, where there is one, is of the epoch before", 1),
-    ((UserError, OSError), "{}", 2),  # also no permission, a disk that is full or gone
-    ((torch.OutOfMemoryError, MemoryError), MEMORY, 2),
-    ("can't allocate memory", MEMORY, 2),
-    ("torch._dynamo", "--compile: {:.300}", 2),
-    ("torch._inductor", "--compile: {:.300}", 2),
+ENDS = (  # found in an error's classes and text; what to say, {} its own text; exit status
+    ("NonFinite", "{}; last.pt, where there is one, is of the epoch before", 1),
+    ("UserError|OSError", "{}", 2),  # also no permission, a disk that is full or gone
+    ("MemoryError|can't allocate memory", "out of memory: take a smaller --batch-size or network ({:.100})", 2),
+    ("torch._dynamo|torch._inductor", "--compile: {:.300}", 2),
     ("shared memory", "shared memory (/dev/shm) is too small: enlarge it, or take --workers 0", 2),
     ("DataLoader worker", "a worker is gone, perhaps killed for want of memory: fewer --workers need less", 1),
     ("more than 1 value per channel", "{}: take a larger --batch-size or --image-size", 2),
-    ("gloo", "another process is gone", 1),
-    ("NCCL", "another process is gone", 1),
+    ("gloo|NCCL", "another process is gone", 1),
 )
 
 
@@ -599,9 +596,9 @@ def command(main):
                 print(f"{script}: stopped; continue with: {launcher()} {shlex.join(words)}", file=sys.stderr)
             return 143 if stop.args else 130
         except Exception as error:
-            said, words = " ".join(str(error).split()) or type(error).__name__, f"{type(error).__module__} {error}"
+            said = " ".join(str(error).split()) or type(error).__name__
             for cause, advice, status in ENDS:
-                if cause in words if isinstance(cause, str) else isinstance(error, cause):
+                if re.search(cause, f"{type(error).__mro__} {said}"):
                     print(f"{script}: error: {advice.format(said)}", file=sys.stderr)
                     return status
             raise  # a bug
