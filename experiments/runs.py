@@ -45,7 +45,6 @@ METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_
                   "teacher_checkpoint", "warmup_epochs", "ramp_epochs")  # of which a method takes those that it names
 METRICS = dict(top1="top-1", top5="top-5", miou="mIoU")  # key in the log: its name, in percent
 RUN_FILES = "last.pt", "student.pt", "args.json", "log.jsonl", "attention*.png", "predictions*.png", "curves.png"
-COMPILERS = ("inductor", "reduce-overhead", "aot_eager", "eager")
 FLAG = dict(action="store_true", default=argparse.SUPPRESS)  # of an option without a value
 
 
@@ -108,7 +107,7 @@ def add_run_options(parser, picture):
     g.add_argument("--workers", type=number(int, 0), help="processes that decode larger images (%(default)s)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (%(default)s)")
     g.add_argument("--amp", help="bfloat16 autocast; the losses stay in float32", **FLAG)
-    g.add_argument("--compile", nargs="?", const="inductor", choices=COMPILERS,
+    g.add_argument("--compile", nargs="?", const="inductor", choices="inductor reduce-overhead aot_eager eager".split(),
                    help="torch.compile the method, by this backend; reduce-overhead: inductor with CUDA graphs")
     g.add_argument("--output", type=path, metavar="DIR", help="folder of the run (runs/DATASET-ARCH-NAME-sSEED)")
     g.add_argument("--eval-every", type=number(int, 1), metavar="N", help="epochs, and after the last (%(default)s)")
@@ -163,7 +162,7 @@ def options(parser, recipe, argv):
     if "help" in given:
         parser.set_defaults(**vars(resolved(parser, recipe, given)))
         parser.exit(parser.print_help())
-    source, goes_on, evaluates = given.get("eval", given.get("resume")), False, "eval" in given
+    source, goes_on, evaluates = given.get("eval", given.get("resume")), "resume" in given, "eval" in given
     if source is True:  # --resume without a path
         source = given.get("output") or resolved(parser, recipe, given).output
         source = source if Path(source, "last.pt").exists() else None
