@@ -499,15 +499,14 @@ def load_state(net, state, unfit):
 
 
 def evaluated(args, method, content):
-    """Loads the file that --eval names into a method -> [(whose result it is, network), ...]."""
+    """Loads the file that --eval names into a method; yields (whose result it is, network)."""
     net = method if "method" in content else frskd.export(method.student)
     load_state(net, content.get("method", content), f"{args.eval} does not fit {args.arch}")
-    networks = [(f"{args.dataset} {args.arch} {args.name} seed {args.seed}", method.student)]
+    yield f"{args.dataset} {args.arch} {args.name} seed {args.seed}", method.student
     if isinstance(method, frskd.FRSKD):
         teacher = torch.nn.ModuleList([method])  # a network of its own: images -> the self-teacher's logits
         teacher.forward = lambda x: method.teacher(method.student.features(x)[1])[0]
-        networks.append(("its self-teacher", teacher))
-    return networks
+        yield "its self-teacher", teacher
 
 
 def read_runs(folder, script, metric):

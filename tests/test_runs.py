@@ -258,7 +258,6 @@ MISTAKES = [
     ("--arch resnet18 --blocks layer1", "has its own blocks: leave --blocks out"),
     ("--arch wrn17_1", "--arch wrn17_1 at 32 px: "),
     ("--device cuda:99", "--device cuda:99: "),
-    ("--compile nothing", "argument --compile: invalid choice"),
     ("--table /nowhere", "no finished run of train.py in or below it"),
     ("--dataset folder --data-dir /nowhere", "/nowhere needs train/<class>/*"),
     ("--per-class 2", "--batch-size 32 is larger than the training set of 16 images"),
