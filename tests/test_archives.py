@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import imagenet, voc
 
@@ -22,96 +21,63 @@ from experiments import archives
 from experiments.archives import OFFICIAL, UserError
 
 
-def picture(path, mode="RGB", kind="JPEG"):
+def write(path, content=""):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, (18, 20)).save(path, format=kind)
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, list):
+        return savemat(path, {"file_list": np.array(content, dtype=object)[:, None]}, do_compression=True)
     path.write_bytes(content.encode())
 
 
-# Each writes a tree below root -> its folder, and what is read from it: [path, ...] of the training and test images,
-# sorted by class; file names that begin with "._" are a Mac's.
+def listed(images, train_list, train, test_list, test, join):
+    """What two lists name below a folder of images, and the lists."""
+    paths = [[images + name for name in names] for names in (train, test)]
+    return *paths, {train_list: join(train), test_list: join(test)}
 
 
-def tinyimagenet_tree(root):
-    root = root / "tiny-imagenet-200"
-    write(root / "wnids.txt", "n02\nn01\n")  # not sorted
-    train = [f"train/{wnid}/images/{wnid}_{n}.JPEG" for wnid in ("n01", "n02") for n in (0, 10, 2)]
-    write(root / "val/val_annotations.txt", "val_0.JPEG\tn02\t0\t32\t44\t62\nval_1.JPEG\tn01\t0\t0\t5\t5\n")
-    test = ["val/images/val_1.JPEG", "val/images/val_0.JPEG"]
-    for name in (*train, *test, "test/images/test_0.JPEG", "train/n01/images/._n01_0.JPEG"):
-        picture(root / name)
-    return root, train, test
-
-
-def cub200_tree(root):
-    root = root / "CUB_200_2011"
-    black, laysan = "001.Black_footed_Albatross", "002.Laysan_Albatross"
-    paths = [f"{black}/b_18.jpg", f"{black}/b_0.jpg", f"{laysan}/l_7.jpg", f"{laysan}/l_5.jpg", f"{black}/b_1.jpg"]
-    write(root / "images.txt", "".join(f"{i} {path}\n" for i, path in enumerate(paths, 1)))
-    write(root / "image_class_labels.txt", "5 1\n1 1\n2 1\n3 2\n4 2\n")  # in another order: joined on the number
-    write(root / "train_test_split.txt", "1 1\n2 1\n3 1\n4 0\n5 0\n")
-    write(root / "classes.txt", f"1 {black}\n2 {laysan}\n")
-    paths = [f"images/{path}" for path in paths]
-    for path in paths:
-        picture(root / path)
-    return root, [paths[1], paths[0], paths[2]], [paths[4], paths[3]]
-
-
-def mit67_tree(root):
-    train = ["mall/a_gif.jpg", "mall/shopping mall.jpg", "nursery/baby's_room.jpg.jpg"]
-    test = ["mall/food court.jpg", "nursery/n1.jpg"]
-    write(root / "TrainImages.txt", "\ufeff" + "\n".join(train[::-1]))  # a byte-order mark; no newline at the end
-    write(root / "TestImages.txt", "\n".join(test))
-    for name in (*train, *test, "mall/IN_NO_LIST.JPG"):
-        picture(root / "Images" / name, kind="GIF" if "gif" in name else "JPEG")
-    return root, *([f"Images/{name}" for name in names] for names in (train, test))
-
-
-def stanford40_tree(root):
-    train = ["writing_on_a_board_001.jpg", "writing_on_a_book_001.jpg", "writing_on_a_book_002.jpg"]
-    test = ["writing_on_a_board_002.jpg", "writing_on_a_book_003.jpg"]
-    for split, names in (("train", train), ("test", test)):
-        write(root / f"ImageSplits/{split}.txt", "\r\n".join(names) + "\r\n")
-    for name in train + test:
-        picture(root / "JPEGImages" / name)
-    return root, *([f"JPEGImages/{name}" for name in names] for names in (train, test))
-
-
-def dogs_tree(root):
-    tan, terrier = "n02089078-black-and-tan_coonhound", "n02095314-wire-haired_fox_terrier"
-    train = [f"{tan}/n02089078_1.jpg", f"{tan}/n02089078_22.jpg", f"{terrier}/n02095314_3.jpg"]
-    test = [f"{tan}/n02089078_4.jpg", f"{terrier}/n02095314_5.jpg"]
-    for name in train + test:
-        picture(root / "Images" / name)
-    for split, names in (("train", train), ("test", test)):
-        savemat(root / f"{split}_list.mat", {"file_list": np.array(names, dtype=object)[:, None]}, do_compression=True)
-    return root, *([f"Images/{name}" for name in names] for names in (train, test))
-
-
-def imagenet_tree(root):
-    train = ["n01440764/n01440764_1.JPEG", "n01440764/n01440764_2.JPEG", "n02105855/n02105855_2933.JPEG"]
-    test = ["n01440764/ILSVRC2012_val_00000002.JPEG", "n02105855/ILSVRC2012_val_00000001.JPEG"]
-    train, test = [f"train/{name}" for name in train], [f"val/{name}" for name in test]
-    for name in (*train, *test, "train/.ipynb_checkpoints/a.JPEG", "val/n01440764/._a.JPEG", "val/__MACOSX/a.JPEG"):
-        picture(root / name)
-    return root, train, test
-
-
-TREES = dict(tinyimagenet=tinyimagenet_tree, cub200=cub200_tree, mit67=mit67_tree, stanford40=stanford40_tree,
-             dogs=dogs_tree, imagenet=imagenet_tree)  # fmt: skip
+BLACK, LAYSAN = "001.Black_footed_Albatross", "002.Laysan_Albatross"
+TAN, TERRIER = "n02089078-black-and-tan_coonhound", "n02095314-wire-haired_fox_terrier"
+# Folder below --data-dir, images of training and test sorted by class, other files. "._*" are a Mac's.
+TREES = {
+    "tinyimagenet": ("tiny-imagenet-200",
+        [f"train/{wnid}/images/{wnid}_{n}.JPEG" for wnid in ("n01", "n02") for n in (0, 10, 2)],
+        ["val/images/val_1.JPEG", "val/images/val_0.JPEG"],
+        {"wnids.txt": "n02\nn01\n", "test/images/test_0.JPEG": "", "train/n01/images/._n01_0.JPEG": "",  # not sorted
+         "val/val_annotations.txt": "val_0.JPEG\tn02\t0\t32\t44\t62\nval_1.JPEG\tn01\t0\t0\t5\t5\n"}),
+    "cub200": ("CUB_200_2011",
+        [f"images/{BLACK}/b_0.jpg", f"images/{BLACK}/b_18.jpg", f"images/{LAYSAN}/l_7.jpg"],
+        [f"images/{BLACK}/b_1.jpg", f"images/{LAYSAN}/l_5.jpg"],
+        {"images.txt": f"1 {BLACK}/b_18.jpg\n2 {BLACK}/b_0.jpg\n3 {LAYSAN}/l_7.jpg\n4 {LAYSAN}/l_5.jpg\n"
+                       f"5 {BLACK}/b_1.jpg\n",
+         "image_class_labels.txt": "5 1\n1 1\n2 1\n3 2\n4 2\n",  # in another order: joined on the number
+         "train_test_split.txt": "1 1\n2 1\n3 1\n4 0\n5 0\n", "classes.txt": f"1 {BLACK}\n2 {LAYSAN}\n"}),
+    "mit67": ("", *listed("Images/",
+        "TrainImages.txt", ["mall/a_gif.jpg", "mall/shopping mall.jpg", "nursery/baby's_room.jpg.jpg"],
+        "TestImages.txt", ["mall/food court.jpg", "nursery/n1.jpg"],
+        lambda names: "\ufeff" + "\n".join(names[::-1]))),  # a byte-order mark; no newline at the end
+    "stanford40": ("", *listed("JPEGImages/", "ImageSplits/train.txt",
+        ["writing_on_a_board_001.jpg", "writing_on_a_book_001.jpg", "writing_on_a_book_002.jpg"],
+        "ImageSplits/test.txt", ["writing_on_a_board_002.jpg", "writing_on_a_book_003.jpg"],
+        lambda names: "\r\n".join(names) + "\r\n")),
+    "dogs": ("", *listed("Images/", "train_list.mat",
+        [f"{TAN}/n02089078_1.jpg", f"{TAN}/n02089078_22.jpg", f"{TERRIER}/n02095314_3.jpg"],
+        "test_list.mat", [f"{TAN}/n02089078_4.jpg", f"{TERRIER}/n02095314_5.jpg"], list)),
+    "imagenet": ("",
+        [f"train/n01440764/n01440764_{n}.JPEG" for n in (1, 2)] + ["train/n02105855/n02105855_2933.JPEG"],
+        ["val/n01440764/ILSVRC2012_val_00000002.JPEG", "val/n02105855/ILSVRC2012_val_00000001.JPEG"],
+        {"train/.ipynb_checkpoints/a.JPEG": "", "val/n01440764/._a.JPEG": "", "val/__MACOSX/a.JPEG": ""}),
+}  # fmt: skip
+TREES["mit67"][3]["Images/mall/IN_NO_LIST.JPG"] = ""
 
 
 @pytest.fixture(params=TREES)
 def tree(request, tmp_path, monkeypatch):
     """(data set, --data-dir, its folder, its images), with the tree's counts for the published ones."""
-    dataset = request.param
-    folder, train, test = TREES[dataset](tmp_path / "data")
+    dataset, root = request.param, tmp_path / "data"
+    below, train, test, others = TREES[dataset]
+    for name, content in (dict.fromkeys(train + test, "") | others).items():
+        write(root / below / name, content)
     monkeypatch.setattr(OFFICIAL[dataset], "counts", (2, len(train), len(test)))
-    return dataset, tmp_path / "data", folder, dict(train=train, test=test)
+    return dataset, root, root / below, dict(train=train, test=test)
 
 
 def only(dataset):
@@ -171,7 +137,7 @@ def test_a_flat_val_and_another_number_of_classes_are_told_of_dataset_folder(tre
     with pytest.raises(UserError, match="2 classes, 3 training and 2 test images, not 1,000.*--dataset folder"):
         archives.read("imagenet", root)
     shutil.rmtree(folder / "val")
-    picture(folder / "val/ILSVRC2012_val_00000001.JPEG")
+    write(folder / "val/ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(UserError, match="val has no class folders.*--dataset folder"):
         archives.read("imagenet", root)
 
@@ -180,8 +146,7 @@ def test_a_flat_val_and_another_number_of_classes_are_told_of_dataset_folder(tre
 def test_imagenet_is_unpacked_from_its_archives(tree, tmp_path, monkeypatch):
     """train: a tar of one tar a class; val: a flat tar, whose labels are in the devkit, which meta.bin stands for."""
     _, _, folder, images = tree
-    root = tmp_path / "packed"
-    root.mkdir()
+    (root := tmp_path / "packed").mkdir()
     for wnid in ("n01440764", "n02105855"):
         pack(tmp_path / f"{wnid}.tar", folder / "train" / wnid, "n*")
     pack(root / "ILSVRC2012_img_train.tar", tmp_path, "n*.tar")
@@ -266,8 +231,7 @@ def test_nothing_is_unpacked_outside_the_folder(tmp_path, monkeypatch, python, m
     """A member that climbs out, of an absolute path, or through a link; Python 3.10.0 and 3.11.2 have no filter."""
     if python == "without":
         monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    folder = tmp_path / "folder"
-    folder.mkdir()
+    (folder := tmp_path / "folder").mkdir()
     with tarfile.open(tmp_path / "hostile.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("first"))
         link = tarfile.TarInfo("link")
