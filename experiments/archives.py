@@ -220,6 +220,8 @@ def voc_list(file):
         pairs = {i: (os.path.join(images, f"{i}.jpg"), os.path.join(masks, f"{i}.png")) for i in lines(file)}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {one_line(error)}") from None
+    if not pairs:
+        raise UserError(f"{file} names no image")
     check_files([path for pair in pairs.values() for path in pair], f"{file} is not whole")
     return pairs
 

@@ -170,7 +170,7 @@ def read_folder(root):
 def folder_image_size(root):
     """The size at which a folder's images are trained unless told: the shorter side of the first, above 64 px 224."""
     short = min(read_image(read_folder(Path(root).expanduser()).train.images[0]).size)
-    return short if short <= DEVICE_RESIDENT else 224
+    return max(8, short) if short <= DEVICE_RESIDENT else 224  # --image-size begins at 8
 
 
 # ---------------------------------------------------------------------------------------------------- images

@@ -269,7 +269,7 @@ MISTAKES = [
     ("--eval {run}/student.pt --arch wrn16_1", "--arch wrn16_1 differs from the run's wrn10_1"),
     ("seg --eval {run}/student.pt", "{run}/student.pt is of a run of train.py"),
     ("seg --batch-size 4 --accumulate 3", "--batch-size 4 is no multiple of --accumulate times processes, 3"),
-    ("seg --warmup-epochs 16", "--warmup-epochs 16: distillation would never start in 16 epochs"),
+    ("seg --warmup-epochs 14", "--warmup-epochs 14: distillation would never start in 14 epochs"),
 ]
 
 
