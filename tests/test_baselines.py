@@ -162,6 +162,7 @@ def test_statistics_of_the_partners_of_cs_kd_enter_the_running_ones_and_those_of
     teacher = frskd.WideResNet(10, 2, 5)
     CSKD(student)(x, y), Distillation(student, teacher, alpha=0)(x[:4], y)
     assert student.bn.num_batches_tracked == 3 and teacher.bn.num_batches_tracked == 0
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_bottlenecks_of_byot():
@@ -246,6 +247,7 @@ def test_margin_and_partial_l2_of_overhaul_distillation_by_hand():
     values = [partial_l2(student, target).item() for student, target in pairs]
     assert values == pytest.approx([0.25, 0, 0, 0, 0.36], abs=1e-6)
     assert partial_l2(torch.ones(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)).item() == 12
+    assert partial_l2(*torch.ones(2, 1, 1, 1, 1).bfloat16()).dtype == torch.float32
 
 
 NODES = ["top_down.0.conv.6", *(f"bottom_up.{i}.conv.6" for i in (1, 2, 3))]
