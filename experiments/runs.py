@@ -542,7 +542,8 @@ def print_table(folder, script, metric):
         raise UserError("; ".join([f"--table {folder}: no finished run of {script} in or below it", *left_out]))
     table = [[*key, *map(spread, zip(*seeds.values())), len(seeds)] for key, seeds in sorted(rows.items())]
     print(f"{METRICS[metric]} in percent, mean ± standard deviation over n seeds\n")
-    print(tabulate(table, ["data set", "network", "method", "last epoch", "best epoch", "n"], "github", floatfmt=""))
+    heads = ["data set", "network", "method", "last epoch", "best epoch", "n"]
+    print(tabulate(table, heads, "github", disable_numparse=True))  # 19.60, not 19.6
     if left_out:
         print("\nNot averaged:", *left_out, sep="\n- ")
     return found

@@ -412,7 +412,7 @@ def test_table_averages_seeds_and_says_what_it_left_out(run, monkeypatch):
             patch.setattr(sys, "stdout", stream)
             assert main(train, "--table all") == 0
         out = stream.buffer.getvalue().decode(encoding)
-        assert f"| shapes     | wrn10_1   | frskd    | 51.50 {sign} 2.12 | 61.50 {sign} 2.12 |   2 |" in out
+        assert f"| shapes     | wrn10_1   | frskd    | 51.50 {sign} 2.12 | 61.50 {sign} 2.12 | 2   |" in out
     assert "- all/c: unfinished, 1 of 2 epochs" in out and "- all/e: not a run that can be read" in out
 
 
