@@ -7,9 +7,6 @@ import ast
 import math
 import re
 import runpy
-import sys
-import types
-import warnings
 from pathlib import Path
 
 import pytest
@@ -51,14 +48,15 @@ def by_hand(values, atol=1e-6):
 
 # ---------------------------------------------------------------------------- Sec. 3.1: the self-teacher network
 def test_table_6_as_python_frskd_py_prints_it(capsys):
-    """Parameters and FLOPs over the classifier's, and 18.6 % fewer FLOPs than in the paper's order."""
+    """Parameters and FLOPs over the classifier's, the paper's behind each, FLOPs executed: 18.6 % fewer at w = 2."""
     runpy.run_path(str(SOURCE), run_name="__main__")
     rows = [re.findall(r"[A-Za-z]\w+|\d[\d.]*", line) for line in capsys.readouterr().out.splitlines()[4:]]
-    assert [row[:2] for row in rows] == [["BiFPN", "128"], ["BiFPN", "256"], ["BiFPNc", "128"], ["BiFPNc", "256"]]
-    measured = [[float(number) for number in row[2:]] for row in rows]  # parameters, paper's, FLOPs, paper's, executed
-    assert [(p, f) for _, p, _, f, _ in measured] == [(0.30, 0.67), (0.97, 2.38), (0.19, 0.21), (0.59, 0.68)]
-    assert all(abs(row[0] - row[1]) < 0.01 and abs(row[2] - row[3]) < 0.01 for row in measured)
-    assert measured[3][4] / measured[3][2] == pytest.approx(1 - 0.186, abs=0.001)
+    assert [" ".join(row) for row in rows] == [
+        "BiFPN 128 0.298 0.30 0.674 0.67 0.674",
+        "BiFPN 256 0.969 0.97 2.381 2.38 2.381",
+        "BiFPNc 128 0.191 0.19 0.209 0.21 0.176",
+        "BiFPNc 256 0.586 0.59 0.686 0.68 0.558",
+    ]
 
 
 def test_self_teacher_has_two_sets_of_laterals_and_two_convolutions_a_node():
@@ -256,9 +254,6 @@ def test_a_step_follows_the_type_of_its_input_and_its_terms_are_float32_under_au
 def test_a_deepest_map_of_1x1_is_warned_of_and_a_plain_network_sent_to_the_adapter():
     with pytest.warns(UserWarning, match="the deepest map is 1x1"):
         new()(*batch(size=4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        new()(*batch(size=8)), new(beta=0)(*batch(size=4))
     with pytest.raises(TypeError, match="channels None .* Adapter"):
         frskd.FRSKD(nn.Linear(3, 5), frskd.BiFPNc([4], 5))
 
@@ -269,16 +264,15 @@ def test_views_labels_and_aggregate_by_hand():
     x = torch.stack([torch.tensor([[1.0, 2], [3, 4]]), torch.full((2, 2), 9.0)])[:, None]
     views = [[1, 2, 3, 4], [2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]] + [[9] * 4] * 4
     assert frskd.rotations(x).flatten(1).tolist() == views
+    assert frskd.rotations(batch()[0]).is_contiguous(memory_format=torch.channels_last)  # which is faster
     assert frskd.joint_labels(torch.tensor([0, 2])).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     joint = torch.arange(96.0).square().view(8, 12)  # of image b, view r, class c: (48 b + 13 r + 4 c)^2
     assert frskd.aggregate(joint).tolist() == [[591.5, 763.5, 967.5], [4767.5, 5323.5, 5911.5]]
 
 
 def test_terms_of_frskd_sla_written_out():
-    """Distillation on concatenations, 2 B logits and 5 B maps, in one call of the feature loss; joint means of 4 B."""
-    calls = []
+    """Distillation on concatenations, 2 B logits and 5 B maps; joint means of 4 B."""
     method, (x, y) = new(frskd.FRSKDSLA, alpha=3, beta=70, temperature=3), batch()
-    method.feature_loss = lambda *maps: calls.append(maps) or frskd.attention_transfer(*maps)
     terms, logits = method(x, y)
     z, feats = method.student.features(x)
     z_t, feats_t = method.teacher(feats)
@@ -296,7 +290,6 @@ def test_terms_of_frskd_sla_written_out():
     expected["feat"] = 70 * frskd.attention_transfer(maps, maps_t)
     assert list(terms) == list(expected)
     assert_close(terms, expected, rtol=1e-4, atol=1e-6)
-    assert_close(calls, [(maps, maps_t)], rtol=1e-4, atol=1e-5)
     assert torch.equal(logits, z) and not logits.requires_grad and torch.equal(method(x), z)
 
 
@@ -371,14 +364,6 @@ def test_wide_resnet_written_out():
     assert torch.equal(net(batch()[0]), logits) and [f.shape[1] for f in ours] == net.channels
 
 
-def test_depth_of_a_wide_resnet_is_6_k_plus_4_and_a_stem_imagenet_or_cifar():
-    for depth, widen in ((19, 2), (4, 2), (16, 0)):
-        with pytest.raises(ValueError, match="6 k"):
-            frskd.WideResNet(depth, widen, 5)
-    with pytest.raises(ValueError, match="imagenet or cifar"):
-        frskd.resnet18(5, stem="tiny")
-
-
 # ------------------------------------------------------------------------------------- Other networks, and export
 def plain(channels=3):
     """A network of another code base."""
@@ -388,15 +373,16 @@ def plain(channels=3):
 
 
 def test_adapter_gives_the_outputs_of_the_named_blocks():
-    """Of any size and number of input channels; deep names too; modules keep their modes and statistics."""
+    """Of any size and number of input channels; deep names too; modules keep modes and statistics, frozen ones too."""
     net, x = plain(channels=1), torch.randn(2, 1, 40, 56)
-    net[2].eval()
+    net[0].requires_grad_(False), net[2].eval()
     student = frskd.Adapter(net, ["0", "2.1.0"], x[:1])
     assert net.training and net[1].training and not net[2].training and net[1].num_batches_tracked == 0
     assert student.channels == [4, 6] and frskd.export(student) is net and frskd.export(net) is net
     logits, feats = student.eval().features(x)
     assert torch.equal(logits, net(x)) and torch.equal(student(x), logits)
     assert torch.equal(feats[0], net[0](x)) and torch.equal(feats[1], net[2](net[1](feats[0])))
+    assert [p.requires_grad for p in student.parameters()] == [False] * 2 + [True] * 8
     assert not any(m._forward_hooks for m in net.modules())
     for size in ((31, 64), (15, 17), (224, 7)):  # maps of 1x1 and of odd sizes are not taken for (B, H, W, C)
         assert frskd.Adapter(net, "023", torch.randn(1, 1, *size)).channels == [4, 6, 6]
@@ -408,7 +394,7 @@ LAST = nn.Sequential(nn.AvgPool2d(4), torchvision.ops.Permute([0, 2, 3, 1]), nn.
 @pytest.mark.parametrize(
     "net, blocks, error, message",
     [
-        (plain(), [], ValueError, "name each once"),
+        (nn.Sequential(LAST[0], LAST[0]), ["0"], ValueError, r"\['0'\] ran \['0', '0'\]: name each once"),
         (plain(), ["conv"], ValueError, r"ran \[\]: .*; the network has 0 4x32x48, 1 4x32x48, 2.0 6x16x24, .*, 5 5$"),
         (plain(), ["2", "0"], ValueError, r"\['2', '0'\] ran \['0', '2'\]: name each once, in this order"),
         (plain(), ["0", "5"], ValueError, r"the output of 5 is no \(B, C, H, W\) map"),
@@ -444,7 +430,6 @@ def test_timm_gives_the_last_maps_of_forward_intermediates():
     logits, feats = student.eval().features(x)
     assert_close([logits, student(x), net.forward_head(feats[-1])], [net(x)] * 3)
     assert frskd.export(student) is net and frskd.Timm(net, 1, x).channels == [96]
-    assert frskd.Timm(timm.create_model("test_vit")).channels == [64] * 4
     with pytest.raises(ValueError, match=r"ResNet has no maps 9 .*"):
         frskd.Timm(net, 9)
     with pytest.raises(ValueError, match="Sequential has no maps 4 .*: .*forward_intermediates"):
@@ -455,24 +440,12 @@ def test_timm_gives_the_last_maps_of_forward_intermediates():
 
 
 # ------------------------------------------------------------------------------------------- The file, copied alone
-def test_frskd_py_alone_trains_another_code_bases_network_and_leaves_it_plain(monkeypatch):
-    """Without fvcore, which only the cost report needs."""
-    monkeypatch.setitem(sys.modules, "fvcore", None)
-    copied = types.SimpleNamespace(**runpy.run_path(str(SOURCE)))
-    net, (x, y) = plain(), batch(2, size=20)
-    student = copied.Adapter(net, ["0", "2"], x)
-    method = copied.FRSKD(student, copied.BiFPNc(student.channels, 5))
-    before, names = net[0].weight.clone(), set(net.state_dict())
-    sum(method(x, y)[0].values()).backward()
-    torch.optim.SGD(method.parameters(), 0.1).step()
-    assert not torch.equal(before, net[0].weight) and set(copied.export(student).state_dict()) == names
-
-
 def test_frskd_py_knows_no_option_file_device_or_seed_and_prints_only_as_main():
     """Nothing but torch and torchvision is imported; fvcore inside the cost report alone."""
     source = SOURCE.read_text(encoding="utf-8")
-    roots = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.M))
-    assert roots == {"torch", "torchvision", "contextlib", "functools", "warnings", "fvcore"}
+    imports = set(re.findall(r"^( *)(?:import|from) (\w+)", source, re.M))
+    everywhere = ("torch", "torchvision", "contextlib", "functools", "warnings")
+    assert imports == {("", name) for name in everywhere} | {("    ", "fvcore")}
     *module, main = ast.parse(source).body
     calls = [node.func for part in module for node in ast.walk(part) if isinstance(node, ast.Call)]
     called = {ast.unparse(call).split(".")[-1] for call in calls}

@@ -16,20 +16,17 @@ SIZES = {"googlenet": 96, "inception_v3": 128, "maxvit_t": 224}  # what 64 px do
 
 
 def train_a_step(student, size):
-    """Every parameter has a finite gradient of FRSKD."""
-    method = FRSKD(student, BiFPN(student.channels, 10, dim=16), alpha=1, beta=200).train()
-    terms, logits = method(torch.randn(2, 3, size, size), torch.tensor([1, 2]))
-    sum(terms.values()).backward()
-    assert logits.shape == (2, 10) and all(p.grad.isfinite().all() for p in method.parameters())
+    method = FRSKD(student, BiFPN(student.channels, 10, dim=16))
+    sum(method(torch.randn(2, 3, size, size), torch.tensor([1, 2]))[0].values()).backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters())
 
 
 @pytest.mark.parametrize("names, blocks, channels", ROWS)
 def test_a_row_of_the_page(names, blocks, channels):
     torch.manual_seed(0)
     for i, name in enumerate(names.split(", ")):
-        size, options = SIZES.get(name, 64), {}
-        if name in ("googlenet", "inception_v3"):
-            options = dict(aux_logits=False, init_weights=False)
+        size = SIZES.get(name, 64)
+        options = dict(aux_logits=False, init_weights=False) if name in ("googlenet", "inception_v3") else {}
         net = torchvision.models.get_model(name, num_classes=10, **options)
         student = Adapter(net, blocks.split(), torch.randn(1, 3, size, size))
         assert i or student.channels == [int(c) for c in channels.split()]  # those of the row's first network
@@ -38,17 +35,13 @@ def test_a_row_of_the_page(names, blocks, channels):
 
 def test_page_has_thirty_networks():
     assert len({name for names, *_ in TABLE for name in names.split(", ")}) >= 30
-    assert {names for names, *_ in TABLE} > set(QUICK)
 
 
-@pytest.mark.parametrize("name, indices, channels", [
-    ("vit_tiny_patch16_224", 4, [192] * 4),
-    ("swin_tiny_patch4_window7_224", 4, [96, 192, 384, 768]),
-    ("visformer_tiny", 3, [96, 192, 384]),
+@pytest.mark.parametrize("name, channels", [
+    ("vit_tiny_patch16_224", [192] * 4), ("swin_tiny_patch4_window7_224", [96, 192, 384, 768]),
 ])  # fmt: skip
-def test_timm_with_tokens_channels_last_maps_and_three_stages(name, indices, channels):
-    torch.manual_seed(0)
+def test_networks_of_timm_with_tokens(name, channels):
     net = pytest.importorskip("timm").create_model(name, num_classes=10, img_size=64)
-    student = Timm(net, indices, torch.randn(1, 3, 64, 64))
+    student = Timm(net, example=torch.randn(1, 3, 64, 64))
     assert student.channels == channels
     train_a_step(student, 64)
