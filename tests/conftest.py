@@ -11,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import train
+from experiments import data, figures, runs
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--arch wrn10_1 --image-size 16 --per-class 4 --batch-size 16 --milestones 1 --device cpu --attention 99"
 
@@ -24,8 +27,6 @@ def elsewhere(tmp_path, monkeypatch):
 
 def shrink(change=setattr):
     """`shapes` with few images, drawn once, and no curves, which tests/test_figures.py looks at."""
-    from experiments import data, figures
-
     change(sys, "argv", ["train.py"])
     change(data, "SHAPES_DRAWN", ((8, 1), (4, 2)))
     change(data, "draw_shapes", functools.cache(data.draw_shapes))
@@ -42,8 +43,6 @@ def quick():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, quick):
     """A finished run of two epochs of two steps, which several tests look at."""
-    import train
-
     folder = tmp_path_factory.mktemp("run") / "a"
     assert main(train, TINY, "--epochs 2 --output", folder) == 0
     return folder
@@ -57,8 +56,6 @@ def main(script, *words):
 
 def resolved(script, words=""):
     """The options that a command line stands for."""
-    from experiments import runs
-
     return runs.resolved(script.parser(), script.recipe, vars(script.parser().parse_args(words.split())))
 
 
@@ -103,49 +100,41 @@ def same(a, b):
 
 def in_child(words, name, prepare, environment, where):
     os.chdir(where)
-    os.environ.update(environment)
+    os.environ.update({key: str(value) for key, value in environment.items()})
     for number, stream in ((1, "out"), (2, "err")):
-        os.dup2(os.open(where / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    script = __import__(words.split()[0])
+        os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     shrink()
     if prepare:
         prepare()
-    sys.exit(script.main(words.split()[1:]))
+    sys.exit(train.main(words.split()))
 
 
 @pytest.fixture(scope="session")
-def forkserver():
-    """A process that has read the scripts and has trained nothing, so that its children start at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "train", "seg"])
+def child():
+    """child("--epochs 2 ...", name) starts train.py in a process of its own -> the process, its exit status in
+    `exitcode`; what it prints is in name.out and name.err. prepare: a function that it calls before."""
+    server = multiprocessing.get_context("forkserver")  # which has trained nothing; its children start at once
+    server.set_forkserver_preload(["conftest"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        context.Process(target=int).start()
-    return context
-
-
-@pytest.fixture
-def child(forkserver, tmp_path):
-    """child("train --epochs 2 ...", name) starts a script in a process of its own -> the process, its exit status in
-    `exitcode`; what it prints is in name.out and name.err. prepare: a function that it calls before."""
+        server.Process(target=int).start()
 
     def start(words, name="child", prepare=None, **environment):
-        process = forkserver.Process(target=in_child, args=(words, name, prepare, environment, tmp_path))
+        process = server.Process(target=in_child, args=(words, name, prepare, environment, os.getcwd()))
         process.start()
         return process
 
     return start
 
 
-def together(child, words, name, prepare=None, processes=2, restart=0):
-    """Starts a script in several processes, as torchrun does."""
+def together(child, words, name, prepare=None, restart=0):
+    """Starts train.py in two processes, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = dict(TORCHELASTIC_RUN_ID="1", TORCHELASTIC_RESTART_COUNT=restart, MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=port, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)  # fmt: skip
-    shared = {key: str(value) for key, value in shared.items()}
-    return [child(words, f"{name}{r}", prepare, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(processes)]
+    shared = dict(TORCHELASTIC_RUN_ID=1, TORCHELASTIC_RESTART_COUNT=restart, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                  WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)  # fmt: skip
+    return [child(words, f"{name}{r}", prepare, RANK=r, LOCAL_RANK=r, **shared) for r in (0, 1)]
 
 
 def voc_tree(root, exif=False):
