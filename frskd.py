@@ -392,6 +392,8 @@ class Adapter(nn.Module):
         """What is wrong with a pass, in words; None where nothing is."""
         if not torch.is_tensor(logits):
             return f"the network returns {type(logits).__name__}, not a tensor of logits (aux_logits=False helps some)"
+        if absent := [name for name in self.blocks if name not in dict(self.net.named_modules())]:
+            return f"there is no block {absent[0]}"
         if [name for name, _ in maps] != self.blocks or not maps:
             return (f"of the blocks {self.blocks} ran {[name for name, _ in maps]}: name each once, in this order; "
                     "compile the method, not the network; DistributedDataParallel, not DataParallel")  # fmt: skip
@@ -450,7 +452,7 @@ def export(student):
 
 # ----------------------------------------------------------------------------- Cost: what the self-teacher adds
 def cost(module, *inputs):
-    """Parameters and FLOPs of a forward pass at rest, by fvcore; a FLOP is a multiply-add, as in Table 6."""
+    """Parameters and FLOPs of a forward pass in evaluation mode, by fvcore; a FLOP is a multiply-add, as in Table 6."""
     from fvcore.nn import FlopCountAnalysis
     with evaluation_mode(module):
         flops = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)

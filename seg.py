@@ -71,7 +71,7 @@ def train(args, checkpoint):
 @torch.no_grad()
 def evaluate(net, loader, args):
     """-> miou, mean IoU in percent, nan if a logit is no number; iou, a dict by class, None where the class is neither
-    in the masks nor predicted. Of a network at rest, at the masks' own sizes.
+    in the masks nor predicted. Of a network in evaluation mode, at the masks' own sizes.
     Paper vs code: the paper is silent; the authors squeeze the masks to the network's size.
     """
     net.eval()

@@ -395,7 +395,7 @@ LAST = nn.Sequential(nn.AvgPool2d(4), torchvision.ops.Permute([0, 2, 3, 1]), nn.
     "net, blocks, error, message",
     [
         (nn.Sequential(LAST[0], LAST[0]), ["0"], ValueError, r"\['0'\] ran \['0', '0'\]: name each once"),
-        (plain(), ["conv"], ValueError, r"ran \[\]: .*; the network has 0 4x32x48, 1 4x32x48, 2.0 6x16x24, .*, 5 5$"),
+        (plain(), ["conv"], ValueError, r"^there is no block conv; the network has 0 4x32x48, 1 4x32x48, 2.0 6x16x24, .*, 5 5$"),
         (plain(), ["2", "0"], ValueError, r"\['2', '0'\] ran \['0', '2'\]: name each once, in this order"),
         (plain(), ["0", "5"], ValueError, r"the output of 5 is no \(B, C, H, W\) map"),
         (LAST, ["2"], ValueError, r"2 is \(B, H, W, C\): permute it, .*; the network has .*, 2 16x24x24, 3 9216$"),

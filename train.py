@@ -84,7 +84,7 @@ def accuracy(logits, y):
 
 @torch.no_grad()
 def evaluate(net, loader, args):
-    """-> top-1 and top-5 accuracy in percent, of a network at rest; nan if a logit is no number."""
+    """-> top-1 and top-5 accuracy in percent, of a network in evaluation mode; nan if a logit is no number."""
     net.eval()
     runs.share_buffers(net)
     counts = torch.zeros(3, dtype=torch.long, device=loader.device)
@@ -217,6 +217,7 @@ def recipe(given):
         given.setdefault("image_size", data.folder_image_size(given.get("data_dir", "data")))
     small = given.get("image_size", RECIPES[dataset]["image_size"]) <= data.DEVICE_RESIDENT
     values = dict(RECIPES["cub200" if dataset == "folder" and not small else dataset], dataset=dataset, method=method)
+    values |= runs.untaken(METHODS, method, given)
     if method != "frskd":  # weights of a method's own
         own = runs.keywords(baselines.Distillation if method == "kd" else METHODS[method])
         values |= {key: own[key] for key in ("alpha", "beta", "temperature") if key in own}
@@ -225,7 +226,6 @@ def recipe(given):
     if method == "kd":
         values["feature_loss"] = "none"
     values["beta"] = BETA.get((method, given.get("feature_loss")), values["beta"])
-    values |= runs.untaken(METHODS, method, given)
     if given.get("mixup") is True:
         given["mixup"] = 0.2 if small else 0.3  # appendix: CIFAR-100 and TinyImageNet; fine-grained sets
     epochs, drops = given.get("epochs", values["epochs"]), values.pop("drops")
@@ -281,7 +281,7 @@ def parser():
     g.add_argument("--feature-loss", choices=["at", "fitnet", "od", "none"], help="L_F: attention transfer, FitNet or "
                    "overhaul distillation; none: kd by soft labels alone (%(default)s)")
     g.add_argument("--sla", help="FRSKD+SLA: five times the images a step", **FLAG)
-    g.add_argument("--teacher-arch", help="of kd, as --arch (%(default)s)")
+    g.add_argument("--teacher-arch", help="of kd, as --arch")
     g.add_argument("--teacher-checkpoint", type=runs.path, metavar="FILE", help="of kd: the trained teacher's weights")
     x = g.add_mutually_exclusive_group()
     x.add_argument("--mixup", nargs="?", const=True, type=number(float, 1e-3), metavar="A", help="mix pairs of images, "

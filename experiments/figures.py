@@ -1,4 +1,4 @@
-"""Pictures: the paper's attention maps, predictions of segmentation, curves of runs. Needs no display."""
+"""Pictures: the paper's attention maps, predictions of segmentation, curves of runs, tables. Needs no display."""
 
 import io
 import itertools
@@ -135,6 +135,25 @@ def draw_curves(path, found):
     if drops:
         lines.append(Line2D([], [], color="grey", linestyle=":", linewidth=1, label="learning rate drops"))
     return save(figure, path, lines)
+
+
+@STYLE
+def draw_table(path, columns):
+    """A table of reproduce.py, its cells: a panel a column, a line a row, the paper's figure and ours. -> the figure."""
+    rows = [cell.row for cell in columns[0]]
+    figure = Figure((2 + 2.2 * len(columns), 1 + 0.25 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    looks = [dict(color=color, marker=marker, markersize=4) for color, marker in zip(PALETTE[1:], "so")]
+    for ax, column in zip(panels, columns):
+        for (y, cell), k in itertools.product(enumerate(column), (0, 1)):
+            if value := (cell.paper, cell.ours.partition(" (")[0])[k]:
+                mean, *deviation = map(float, value.split(" ± "))
+                ax.errorbar(mean, y + 0.3 * k - 0.15, xerr=deviation or None, **looks[k])
+        ax.set(title=column[0].head, xlabel="percent", ylim=(len(rows) - 0.5, -0.5))
+        ax.grid(axis="y", linewidth=0.3)
+    panels[0].set_yticks(range(len(rows)), rows)
+    handles = [Line2D([], [], linestyle="", label=name, **look) for name, look in zip(("paper", "ours"), looks)]
+    return save(figure, path, handles)
 
 
 def spaced(items):

@@ -16,8 +16,6 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from tabulate import tabulate
 
 import seg
@@ -176,7 +174,7 @@ def print_table(table, logs, measured=False):
     rows = [row for row in zip(*columns) if not measured or any(cell.ours for cell in row)]
     if not rows:
         return
-    lines = [[row[0].row, *(f"{c.paper} / {c.ours}".strip() if c.seeds else "" for c in row)] for row in rows]
+    lines = [[row[0].row, *(f"{c.paper or '-'} / {c.ours}".strip() if c.seeds else "" for c in row)] for row in rows]
     print(f"\n{table.title}\n\n{tabulate(lines, ['', *(column[0].head for column in columns)], tablefmt='github')}")
     said = {}  # once for all metrics of a run
     for cell in itertools.chain(*rows) if measured else ():
@@ -185,25 +183,6 @@ def print_table(table, logs, measured=False):
             said[f"- `{command}`, commit {args.get('commit', '')[:7]}"] = True
     if said:
         print("", *said, sep="\n")
-
-
-@figures.STYLE
-def draw(path, table, logs):
-    """A panel a column, a line a row: the paper's figure and ours. -> the figure."""
-    columns, labels = cells(table, logs), [label for label, *_ in table.rows]
-    figure = Figure((2 + 2.2 * len(columns), 1 + 0.25 * len(labels)), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    looks = [dict(color=color, marker=marker, markersize=4) for color, marker in zip(figures.PALETTE, "so")]
-    for ax, column in zip(panels, columns):
-        for (y, cell), k in itertools.product(enumerate(column), (0, 1)):
-            if value := (cell.paper, cell.ours.partition(" (")[0])[k]:
-                mean, *deviation = map(float, value.split(" ± "))
-                ax.errorbar(mean, y + 0.3 * k - 0.15, xerr=deviation or None, **looks[k])
-        ax.set(title=column[0].head, xlabel="percent", ylim=(len(labels) - 0.5, -0.5))
-        ax.grid(axis="y", linewidth=0.3)
-    panels[0].set_yticks(range(len(labels)), labels)
-    handles = [Line2D([], [], linestyle="", label=name, **look) for name, look in zip(("paper", "ours"), looks)]
-    return figures.save(figure, path, handles)
 
 
 @runs.command  # what the user can mend: one line, 2
@@ -217,8 +196,8 @@ def main(argv=None):
     x.add_argument("--run", action="store_true", help="run them, one after another; what was begun goes on")
     x.add_argument("--plot", metavar="FILE", help="draw one table")
     g = p.add_argument_group("of every command, as train.py and seg.py have them")
-    for option in ("--data-dir", "--device", "--workers"):
-        g.add_argument(option, dest=option)
+    for option, value in (("--data-dir", "DIR"), ("--device", "NAME"), ("--workers", "N")):
+        g.add_argument(option, dest=option, metavar=value)
     for option in ("--download", "--compile", "--amp"):
         g.add_argument(option, dest=option, action="store_true")
     args = p.parse_intermixed_args(argv)
@@ -231,7 +210,7 @@ def main(argv=None):
     if args.plot:
         if len(tables) > 1:
             p.error("--plot draws one table: name it")
-        draw(args.plot, tables[0], logs)
+        figures.draw_table(args.plot, cells(tables[0], logs))
     elif args.commands or args.run:
         for command in commands(tables, logs, common):
             print("\n" * args.run + shown(command), flush=True)
@@ -242,7 +221,7 @@ def main(argv=None):
             if status:  # the end, also by a signal, as a shell has it
                 sys.exit(status if status > 0 else 128 - status)
     else:
-        print("paper / ours, in percent: last epoch, mean ± standard deviation over (n seeds, of them a with --amp)")
+        print("Paper / ours in percent, of the last epoch: mean ± standard deviation (seeds; 3, 1a: one of them by --amp)")
         for table in tables:
             print_table(table, logs, args.measured)
 

@@ -133,6 +133,8 @@ def keywords(function):
 
 def untaken(methods, method, given):
     """{option: None} of the options that only other methods take. UserError where one of them was given."""
+    if method not in methods:  # of a checkpoint
+        raise UserError(f"--method {method} is none of this script's: call the one that made the run")
     takes, known = keywords(methods[method]), set().union(*map(keywords, methods.values()))
     others = [key for key in METHOD_OPTIONS if key in known and key not in takes]
     for key in others:
@@ -162,6 +164,8 @@ def options(parser, recipe, argv):
     if "help" in given:
         parser.set_defaults(**vars(resolved(parser, recipe, given)))
         parser.exit(parser.print_help())
+    if "curves" in given and "table" not in given:
+        raise UserError("--curves draws the runs of --table DIR: name it")
     source, goes_on, evaluates = given.get("eval", given.get("resume")), "resume" in given, "eval" in given
     if source is True:  # --resume without a path
         source = given.get("output") or resolved(parser, recipe, given).output
@@ -591,8 +595,9 @@ def command(main):
             words = [word for word in argv if word != "--overwrite"]
             asked = {word.partition("=")[0] for word in words}
             words += [] if asked & {"--resume", "--eval", "--table", "--cost"} else ["--resume"]
+            again = f"; continue with: {launcher()} {shlex.join(words)}" if "METHODS" in main.__globals__ else ""
             if os.environ.get("RANK", "0") == "0":
-                print(f"{script}: stopped; continue with: {launcher()} {shlex.join(words)}", file=sys.stderr)
+                print(f"{script}: stopped{again}", file=sys.stderr)
             return 143 if stop.args else 130
         except Exception as error:
             said = " ".join(str(error).split()) or type(error).__name__

@@ -37,12 +37,14 @@ def test_the_snippet_to_copy_runs():
     assert Path("student.pt").exists()
 
 
-def test_a_method_of_ones_own_trains(quick, monkeypatch, capsys):
+def test_a_method_of_ones_own_trains(quick, refused, capsys):
     snippet = re.search(r"```python\n(import sys, torch.nn.functional.*?)```", README, re.S)[1]
-    monkeypatch.setattr(train, "METHODS", dict(train.METHODS))
-    exec(snippet, {"__name__": "mine"})
-    assert main(train, TINY, "--method smoothing --alpha 0.2 --epochs 1") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "METHODS", dict(train.METHODS))
+        exec(snippet, {"__name__": "mine"})
+        assert main(train, TINY, "--method smoothing --alpha 0.2 --epochs 1 --output mine") == 0
     assert "-alpha0.2-" in capsys.readouterr().out
+    assert refused(train, "--eval mine/last.pt").startswith("--method smoothing is none of this script's")
 
 
 @pytest.mark.parametrize("name, lines", re.findall(r"\| `([\w/]+\.py)` \| (\d+) \|", README))

@@ -7,7 +7,7 @@ import pytest
 
 import seg
 import train
-from experiments import reproduce
+from experiments import figures, reproduce
 from experiments.reproduce import TABLES, Table
 
 
@@ -58,7 +58,7 @@ def test_ours_are_the_last_epochs_of_finished_runs_each_seed_once_those_by_amp_m
     made_up("results", "--dataset voc", 1, dict(miou=61.25), 60, 60, seg)
     out = printed(capsys)
     assert out.count("73.27 ± 0.45 / 73.50 ± 0.71 (2, 1a) ") == 3  # Tables 1 and 6, Figure 4
-    assert "70.17 / 70.50 (1)" in out and "89.78 / 89.50 (1)" in out and "| / 61.25 (1) " in out
+    assert "70.17 / 70.50 (1)" in out and "89.78 / 89.50 (1)" in out and "| - / 61.25 (1) " in out
     out = printed(capsys, "--measured", "1")  # of results/ alone
     assert "73.27 ± 0.45 / 42.00 ± 45.25 (2, 1a) " in out and "Baseline" not in out
 
@@ -98,7 +98,7 @@ def test_run_continues_what_was_begun_and_ends_at_an_error_with_its_status(monke
 
 def test_a_table_is_drawn():
     made_up("results", "--dataset mit67 --alpha 3 --beta 50", 0, dict(top1=60.0))
-    figure = reproduce.draw("f.png", TABLES["figure4"], reproduce.last_epochs(["results"]))
+    figure = figures.draw_table("f.png", reproduce.cells(TABLES["figure4"], reproduce.last_epochs(["results"])))
     assert [ax.get_title() for ax in figure.axes] == ["cifar100 wrn16_2", "mit67 resnet18"] and Path("f.png").exists()
     points = [tuple(line.get_xydata()[0]) for line in figure.axes[1].lines if len(line.get_xydata()) == 1]
     assert points == [(61.74, 2 - 0.15), (60.0, 8 + 0.15)]

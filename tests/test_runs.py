@@ -214,6 +214,7 @@ MISTAKES = [
     ("--arch resnet18 --blocks layer1", "has its own blocks: leave --blocks out"),
     ("--arch wrn17_1", "--arch wrn17_1 at 32 px: "),
     ("--device cuda:99", "--device cuda:99: "),
+    ("--curves a.png", "--curves draws the runs of --table DIR: name it"),
     ("--table /nowhere", "no finished run of train.py in or below it"),
     ("--per-class 2", "--batch-size 32 is larger than the training set of 16 images"),
     ("--arch resnet18 --image-size 8 --batch-size 1 --method baseline", "take a larger --batch-size or --image-size"),
