@@ -382,8 +382,8 @@ class Adapter(nn.Module):
         names = [name for name in modules if name in self.blocks or (name and name.count(".") < 2)]
         with evaluation_mode(net), torch.no_grad():
             logits, ran = run_with(net, names, example.to(next(net.parameters(), example)))
-        maps = [(name, out) for name, out in ran if name in self.blocks]
-        if wrong := self.fault(logits, maps, *example.shape[-2:]):
+        maps, absent = [(name, out) for name, out in ran if name in self.blocks], set(self.blocks) - modules.keys()
+        if wrong := f"there is no block {min(absent)}" if absent else self.fault(logits, maps, *example.shape[-2:]):
             sizes = {name: "x".join(map(str, out.shape[1:])) for name, out in ran if torch.is_tensor(out)}
             raise ValueError(f"{wrong}; the network has {', '.join(f'{name} {size}' for name, size in sizes.items())}")
         self.channels = [out.shape[1] for _, out in maps]
@@ -392,8 +392,6 @@ class Adapter(nn.Module):
         """What is wrong with a pass, in words; None where nothing is."""
         if not torch.is_tensor(logits):
             return f"the network returns {type(logits).__name__}, not a tensor of logits (aux_logits=False helps some)"
-        if absent := [name for name in self.blocks if name not in dict(self.net.named_modules())]:
-            return f"there is no block {absent[0]}"
         if [name for name, _ in maps] != self.blocks or not maps:
             return (f"of the blocks {self.blocks} ran {[name for name, _ in maps]}: name each once, in this order; "
                     "compile the method, not the network; DistributedDataParallel, not DataParallel")  # fmt: skip

@@ -190,8 +190,9 @@ class Distillation(Method):
     """KD from a pretrained teacher, with a feature loss or without: CE(z) + alpha KD_T(z, z_t) + beta L_F.
     teacher: a trained network, frozen here; with a feature loss one that has `features`, with maps of the student's
     number and sizes. feature_loss: Hint (FitNet, beta 100), frskd.attention_transfer (ATT, beta 1000), Overhaul
-    (beta 1), which trains along; None is soft labels alone. The teacher runs in evaluation mode, under Overhaul in training
-    mode, as its authors do (their Table 8): its running statistics drift, and its soft labels are of the same pass.
+    (beta 1), which trains along; None is soft labels alone. The teacher runs in evaluation mode, under Overhaul in
+    training mode, as its authors do (their Table 8): its running statistics drift, and its soft labels are of the same
+    pass.
 
     Terms `ce`, `kd`, `feat`. ValueError for a feature loss without beta. Costs 1 + a third of the teacher's cost over
     the student's, ResNet-34 to ResNet-18: 1.70. Source: Table 7, "feature distillation as well as the soft label";

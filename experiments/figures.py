@@ -139,7 +139,7 @@ def draw_curves(path, found):
 
 @STYLE
 def draw_table(path, columns):
-    """A table of reproduce.py, its cells: a panel a column, a line a row, the paper's figure and ours. -> the figure."""
+    """The cells of a table of reproduce.py: a panel a column, a line a row, the paper's and ours. -> the figure."""
     rows = [cell.row for cell in columns[0]]
     figure = Figure((2 + 2.2 * len(columns), 1 + 0.25 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
