@@ -106,7 +106,7 @@ def test_resume_may_add_epochs_and_move_but_change_nothing_else(run, refused):
     shutil.copytree(run, "moved")
     assert main(train, "--resume moved --epochs 5 --eval-every 2 --workers 0") == 0
     log = log_of("moved")
-    assert numbers("moved")[:2] == numbers(run) and [entry["lr"] for entry in log] == [0.05] + 4 * [0.005]
+    assert numbers("moved")[:2] == numbers(run) and [entry["lr"] for entry in log] == [0.02] + 4 * [0.002]
     assert ["top1" in entry for entry in log] == [True, True, False, True, True]
     for option in ("--seed 1", "--epochs 4", "--amp"):
         assert refused(train, "--resume moved", option).startswith(f"{option.split()[0]} ")
@@ -187,7 +187,7 @@ def test_a_run_is_named_by_what_changes_its_numbers(script):
 
 def test_names():
     """Values of the recipe are in none."""
-    assert resolved(train, "--alpha 2 --beta 100 --epochs 8 --seed 3").output == "runs/shapes-wrn16_2-frskd-s3"
+    assert resolved(train, "--alpha 2 --beta 100 --epochs 10 --seed 3").output == "runs/shapes-wrn16_2-frskd-s3"
     assert resolved(train, "--sla --beta 0 --milestones 5,10").name == "frskd-beta0-sla-milestones5,10"
     assert resolved(train, "--method baseline --image-size 72 --mixup").name == "baseline-image-size72-mixup0.3"
 
@@ -216,7 +216,7 @@ MISTAKES = [
     ("--device cuda:99", "--device cuda:99: "),
     ("--curves a.png", "--curves draws the runs of --table DIR: name it"),
     ("--table /nowhere", "no finished run of train.py in or below it"),
-    ("--per-class 2", "--batch-size 32 is larger than the training set of 16 images"),
+    ("--per-class 1", "--batch-size 16 is larger than the training set of 8 images"),
     ("--arch resnet18 --image-size 8 --batch-size 1 --method baseline", "take a larger --batch-size or --image-size"),
     ("--output {run}", "{run} already holds a run: continue it with --resume, replace it with --overwrite, or"),
     ("--resume {run} --beta 3", "--beta 3 differs from the run's 100: leave it out"),
