@@ -176,13 +176,13 @@ def print_table(table, logs, measured=False):
         return
     lines = [[row[0].row, *(f"{c.paper or '-'} / {c.ours}".strip() if c.seeds else "" for c in row)] for row in rows]
     print(f"\n{table.title}\n\n{tabulate(lines, ['', *(column[0].head for column in columns)], tablefmt='github')}")
-    said = {}  # once for all metrics of a run
+    said = {}  # `command --seed 0`, commit a; `--seed 1`, commit b: once for all metrics of a run
     for cell in itertools.chain(*rows) if measured else ():
-        for seed, (_, args, _) in cell.found.items():
-            command = shown([table.script.__file__, *cell.words, *["--amp"] * args["amp"], "--seed", str(seed)])
-            said[f"- `{command}`, commit {args.get('commit', '')[:7]}"] = True
+        for seed, (_, args, _) in sorted(cell.found.items()):
+            command = shown([table.script.__file__, *cell.words, *["--amp"] * args["amp"], "--seed"])
+            said.setdefault(command, {})[f"{seed}`, commit {args.get('commit', '')[:7]}"] = True
     if said:
-        print("", *said, sep="\n")
+        print("", *(f"- `{command} {'; `--seed '.join(seeds)}" for command, seeds in said.items()), sep="\n")
 
 
 @runs.command  # what the user can mend: one line, 2

@@ -61,6 +61,8 @@ def test_ours_are_the_last_epochs_of_finished_runs_each_seed_once_those_by_amp_m
     assert "70.17 / 70.50 (1)" in out and "89.78 / 89.50 (1)" in out and "| - / 61.25 (1) " in out
     out = printed(capsys, "--measured", "1")  # of results/ alone
     assert "73.27 ± 0.45 / 42.00 ± 45.25 (2, 1a) " in out and "Baseline" not in out
+    made_up("results", "--dataset imagenet", 1, dict(top1=70.5, top5=89.5), 90, 90)
+    assert printed(capsys, "--measured", "3").count(" --seed 0`, commit ; `--seed 1`, commit ") == 1  # of both metrics
 
 
 def test_commands_are_of_what_lacks_a_teachers_before_its_students(capsys):
