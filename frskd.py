@@ -418,7 +418,7 @@ class Adapter(nn.Module):
 class Timm(nn.Module):
     """Gives a network of timm `features`, by forward_intermediates and forward_head; ViT and Swin included.
     indices: as there, 4 is its last four maps. example: a batch of your images, else one of its default size.
-    Shapes as Adapter. ValueError for a network that does not take part.
+    Shapes as Adapter. ValueError for a network without such maps.
     """
 
     def __init__(self, net, indices=4, example=None):

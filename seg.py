@@ -1,6 +1,6 @@
 """Train EfficientDet for semantic segmentation with FRSKD or without (Sec. 4.2), evaluate it, look at its predictions.
 
-    python seg.py                                                            # drawn shapes: no file, no network
+    python seg.py                                                            # drawn shapes: nothing to download
     python seg.py --dataset voc --data-dir DIR --arch d0 --alpha 1 --beta 50
     python seg.py --dataset voc --data-dir DIR --arch d0 --method baseline
     python seg.py --resume runs/voc-d0-frskd-s0

@@ -1,6 +1,6 @@
 """Train an image classifier with FRSKD or without, evaluate it, look at what it attends to.
 
-    python train.py                                                          # drawn shapes: no file, no network
+    python train.py                                                          # drawn shapes: nothing to download
     python train.py --dataset cifar100 --download --arch resnet18 --alpha 2 --beta 100
     python train.py --dataset cifar100 --arch resnet18 --method baseline     # or one, ddgsd, byot, sad, cskd, slasd
     python train.py --dataset folder --data-dir photos --arch resnet34
@@ -10,7 +10,7 @@
     torchrun --nproc-per-node=2 train.py --dataset cifar100                  # on two GPUs
 
 A run writes args.json, log.jsonl (one object an epoch), last.pt (everything to resume), student.pt (the plain
-network) and attention.png into runs/DATASET-ARCH-NAME-sSEED.
+network), attention.png and curves.png into runs/DATASET-ARCH-NAME-sSEED.
 """
 import functools
 import math

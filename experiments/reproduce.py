@@ -1,7 +1,7 @@
 """The paper's Tables 1 to 8 and Figure 4: its figures, ours, and the commands of those that nobody measured yet.
 
     python -m experiments.reproduce                         # all; or the names of some: 1 6 figure4
-    python -m experiments.reproduce 1 --run --device cuda --data-dir DIR    # what was begun goes on; --amp counts too
+    python -m experiments.reproduce 1 --run --device cuda --data-dir DIR    # resumes what was begun
 
 Run in the folder that holds runs/; --help lists the rest. What Table 6 costs is printed by `python frskd.py`.
 """
@@ -221,7 +221,7 @@ def main(argv=None):
             if status:  # the end, also by a signal, as a shell has it
                 sys.exit(status if status > 0 else 128 - status)
     else:
-        print("Paper / ours in percent, of the last epoch: mean ± standard deviation (seeds; 3, 1a: one of them by --amp)")
+        print("Paper / ours in percent, last epoch: mean ± standard deviation (number of seeds; 3, 1a: three, one by --amp)")
         for table in tables:
             print_table(table, logs, args.measured)
 

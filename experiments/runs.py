@@ -37,8 +37,8 @@ from experiments.archives import UserError, one_line
 from experiments.data import seed_of
 
 THIS_CALL = ("overwrite", "resume", "eval", "table", "curves", "cost", "help")  # not kept with a run
-# Options that change no number: not in a run's name, free to differ when it is resumed. A teacher's weights are in the
-# checkpoint, whatever its file is called later.
+# Options that are no part of the experiment: not in a run's name, free to differ when it is resumed. A teacher's weights
+# are in the checkpoint, whatever its file is called later.
 FREE = (*THIS_CALL, "data_dir", "download", "workers", "device", "compile", "output", "eval_every", "attention",
         "predictions", "teacher_checkpoint")  # fmt: skip
 METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_loss", "sla", "teacher_arch",
@@ -402,6 +402,8 @@ class Meter:
             yield batch
             if step % 50 == 0:
                 bar.set_postfix(self.read())
+        self.read()  # waits for the device
+        self.seconds = time.perf_counter() - self.began
 
     def update(self, terms, images):
         """terms: {name: scalar}, means over `images`."""
@@ -418,7 +420,7 @@ class Meter:
         if of_all and processes() > 1:
             totals = all_reduced(torch.tensor(totals, dtype=torch.float64)).tolist()  # on the CPU
         if of_all:
-            self.seconds, self.images = time.perf_counter() - self.began, totals[-1]
+            self.images = totals[-1]
         return {name: value / totals[-1] for name, value in zip(self.totals, totals)}
 
 

@@ -350,6 +350,18 @@ def test_the_meter_has_means_over_images_also_where_it_was_read_between():
     assert meter.read(of_all=True) == dict(ce=2)
 
 
+def test_seconds_end_with_the_last_batch():
+    """What comes after, evaluation and pictures, is not training."""
+    class Loader(list):
+        def epoch(self, _):
+            return self
+
+    for _ in (meter := runs.Meter(Loader([0, 0]), epoch=0, epochs=1)):
+        meter.update(dict(ce=torch.tensor(1.0)), images=1)
+    seconds = meter.seconds
+    assert meter.read(of_all=True) == dict(ce=1) and meter.seconds == seconds
+
+
 class NoFloat64(TorchDispatchMode):
     """As a Mac's GPU."""
 
