@@ -34,7 +34,7 @@ CIFAR = dict(  # Sec. 4.1; momentum: the paper is silent, 0.9 is the authors' co
 )  # fmt: skip
 FGVR = CIFAR | dict(image_size=224, stats="imagenet", alpha=1.0, beta=200.0, batch_size=32)
 RECIPES = {
-    "shapes": CIFAR | dict(arch="wrn16_2", epochs=10, drops=(4 / 5, 9 / 10), batch_size=16, lr=0.02),  # ours: minutes
+    "shapes": CIFAR | dict(arch="wrn16_2", epochs=10, drops=(4 / 5, 9 / 10), batch_size=16, lr=0.02),  # ours, for CPUs
     "cifar100": CIFAR,
     "tinyimagenet": CIFAR | dict(stats="tinyimagenet", alpha=3.0),
     "cub200": FGVR,  # fine-grained visual recognition

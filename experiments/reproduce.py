@@ -179,10 +179,10 @@ def print_table(table, logs, measured=False):
     said = {}  # `command --seed 0`, commit a; `--seed 1`, commit b: once for all metrics of a run
     for cell in itertools.chain(*rows) if measured else ():
         for seed, (_, args, _) in sorted(cell.found.items()):
-            command = shown([table.script.__file__, *cell.words, *["--amp"] * args["amp"], "--seed"])
-            said.setdefault(command, {})[f"{seed}`, commit {args.get('commit', '')[:7]}"] = True
+            command = shown([table.script.__file__, *cell.words, *["--amp"] * args["amp"]])
+            said.setdefault(command, {})[f"--seed {seed}`, commit {args.get('commit', '')[:7]}"] = True
     if said:
-        print("", *(f"- `{command} {'; `--seed '.join(seeds)}" for command, seeds in said.items()), sep="\n")
+        print("", *(f"- `{command} {'; `'.join(seeds)}" for command, seeds in said.items()), sep="\n")
 
 
 @runs.command  # what the user can mend: one line, 2
@@ -221,7 +221,8 @@ def main(argv=None):
             if status:  # the end, also by a signal, as a shell has it
                 sys.exit(status if status > 0 else 128 - status)
     else:
-        print("Paper / ours in percent, last epoch: mean ± standard deviation (number of seeds; 3, 1a: three, one by --amp)")
+        print("Paper / ours in percent, last epoch: mean ± standard deviation "
+              "(number of seeds; 3, 1a: three, one by --amp)")
         for table in tables:
             print_table(table, logs, args.measured)
 

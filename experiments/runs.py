@@ -37,8 +37,8 @@ from experiments.archives import UserError, one_line
 from experiments.data import seed_of
 
 THIS_CALL = ("overwrite", "resume", "eval", "table", "curves", "cost", "help")  # not kept with a run
-# Options that are no part of the experiment: not in a run's name, free to differ when it is resumed. A teacher's weights
-# are in the checkpoint, whatever its file is called later.
+# Options that are no part of the experiment: not in a run's name, free to differ when it is resumed. A teacher's
+# weights are in the checkpoint, whatever its file is called later.
 FREE = (*THIS_CALL, "data_dir", "download", "workers", "device", "compile", "output", "eval_every", "attention",
         "predictions", "teacher_checkpoint")  # fmt: skip
 METHOD_OPTIONS = ("alpha", "beta", "temperature", "width", "channels", "feature_loss", "sla", "teacher_arch",
@@ -419,7 +419,6 @@ class Meter:
         self.sums, totals = torch.zeros_like(self.sums), [*self.totals.values(), self.images]
         if of_all and processes() > 1:
             totals = all_reduced(torch.tensor(totals, dtype=torch.float64)).tolist()  # on the CPU
-        if of_all:
             self.images = totals[-1]
         return {name: value / totals[-1] for name, value in zip(self.totals, totals)}
 

@@ -153,7 +153,7 @@ OTHER = dict(  # values that differ from every recipe's, where a parser cannot t
     mixup="0.5", cutmix="0.5", attention="1", predictions="1", dataset="cifar100", channels="24", clip_value="3",
 )  # fmt: skip
 FREE = """overwrite resume eval table curves cost data_dir download workers device compile output eval_every
-attention predictions teacher_checkpoint""".split()  # change no number
+attention predictions teacher_checkpoint""".split()  # no part of the experiment
 
 
 @pytest.mark.parametrize("script", [train, seg], ids=["train", "seg"])
